@@ -1,0 +1,10 @@
+"""Operators of sequence mixers for PyTorch, each with its own backward and exact isolation of packed documents.
+
+An operator is a folder: `__init__.py` is the public function, `reference.py` the equation step by step, `eager.py`
+the fast form in plain torch. The package needs torch only.
+"""
+
+from lamella_kernels.causal_conv1d import causal_conv1d
+from lamella_kernels.selective_scan import selective_scan
+
+__all__ = ["causal_conv1d", "selective_scan"]

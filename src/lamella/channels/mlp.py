@@ -1,0 +1,62 @@
+"""The dense channel mixer: gated (SwiGLU, Shazeer 2020, arXiv 2002.05202) or plain.
+
+    swiglu: W_out (silu(W_gate x) * W_up x)        else: W_out act(W_in x)
+"""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lamella.channels.base import Channel, ChannelConfig
+from lamella.config import Positive, change
+from lamella.nn.flops import Flops
+from lamella.nn.linear import Column, Row
+from lamella.nn.rows import Rows
+from lamella.nn.shard import Shard
+
+Activation = Literal["swiglu", "gelu", "relu"]
+
+
+def activate(kind: Activation, *hidden: Tensor) -> Tensor:
+    """The input projection's segments (for swiglu: gate, up) -> one tensor of their width."""
+    if kind == "swiglu":
+        gate, up = hidden
+        return F.silu(gate) * up
+    (h,) = hidden
+    return F.gelu(h) if kind == "gelu" else F.relu(h)
+
+
+def hidden_segments(kind: Activation, d_ff: int) -> tuple[int, ...]:
+    """The segments of the input projection."""
+    return (d_ff, d_ff) if kind == "swiglu" else (d_ff,)
+
+
+class Config(ChannelConfig):
+    channel: Literal["mlp"]
+    d_ff: Positive
+    activation: Activation = "swiglu"
+
+    def build(self, d_model: int, shard: Shard, place: str) -> "Mlp":
+        return Mlp(self, d_model, shard)
+
+    def flops(self, d_model: int, length: int) -> Flops:
+        return mlp_flops(self.activation, d_model, self.d_ff, length)
+
+    def shrink(self, tensor: int) -> "Config":
+        return change(self, d_ff=8 * tensor)
+
+
+def mlp_flops(kind: Activation, d_model: int, d_ff: int, tokens: int) -> Flops:
+    return Flops(matmul=2 * tokens * d_model * d_ff * (len(hidden_segments(kind, d_ff)) + 1))
+
+
+class Mlp(Channel):
+    def __init__(self, config: Config, d_model: int, shard: Shard):
+        super().__init__()
+        self.activation = config.activation
+        self.w_in = Column(shard, d_model, hidden_segments(config.activation, config.d_ff))
+        self.w_out = Row(shard, config.d_ff, d_model)
+
+    def forward(self, x_BTD: Tensor, rows: Rows) -> Tensor:
+        return self.w_out(activate(self.activation, *self.w_in(x_BTD)))

@@ -1,0 +1,83 @@
+"""Mixture of experts: Switch (top-1 with capacity) and top-k, dropless or not, with shared experts.
+
+    y = sum over the token's chosen experts e of p_e(x) expert_e(x)  +  shared(x)
+
+Capacity (`capacity_factor` set) looks at the whole row by definition: a token beyond its expert's capacity passes by the
+residual. Without it no token is dropped. `router.py` decides, `dispatch.py` moves, `experts.py` computes.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from lamella.channels.base import Channel, ChannelConfig
+from lamella.channels.mlp import Activation, activate, hidden_segments, mlp_flops
+from lamella.channels.moe.dispatch import dispatch
+from lamella.channels.moe.experts import Experts
+from lamella.channels.moe.router import Router, RouterOptions
+from lamella.config import Count, Positive, change
+from lamella.errors import UserError
+from lamella.nn.flops import Flops
+from lamella.nn.linear import Column, Row
+from lamella.nn.rows import Rows
+from lamella.nn.shard import Shard
+
+Coefficient = Annotated[float, Field(ge=0)]
+
+
+class Config(ChannelConfig):
+    channel: Literal["moe"]
+    num_experts: Positive
+    d_ff: Positive  # of one expert
+    top_k: Positive = 2
+    activation: Activation = "swiglu"
+    capacity_factor: Annotated[float, Field(gt=0)] | None = None  # None: dropless
+    renormalize: bool = False  # the chosen experts' weights sum to 1
+    aux_loss: Coefficient = 0.01
+    z_loss: Coefficient = 0.0
+    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    shared_d_ff: Count = 0  # width of the experts that see every token
+
+    def build(self, d_model: int, shard: Shard, place: str) -> "MoE":
+        return MoE(self, d_model, shard, place)
+
+    def flops(self, d_model: int, length: int) -> Flops:
+        router = Flops(matmul=2 * length * d_model * self.num_experts)
+        routed = mlp_flops(self.activation, d_model, self.d_ff, length * self.top_k)
+        return router + routed + mlp_flops(self.activation, d_model, self.shared_d_ff, length)
+
+    def shrink(self, tensor: int) -> "Config":
+        return change(
+            self,
+            num_experts=min(self.num_experts, max(4, self.top_k + 1)),
+            d_ff=8 * tensor,
+            shared_d_ff=8 * tensor if self.shared_d_ff else 0,
+            jitter=self.jitter or 0.1,
+            aux_loss=self.aux_loss or 0.01,
+            z_loss=self.z_loss or 0.001,
+        )
+
+
+class MoE(Channel):
+    def __init__(self, config: Config, d_model: int, shard: Shard, place: str):
+        super().__init__()
+        if config.top_k > config.num_experts:
+            raise UserError(f"moe: top_k={config.top_k} exceeds num_experts={config.num_experts}")
+        self.config, self.shard = config, shard
+        options = RouterOptions(**{k: getattr(config, k) for k in RouterOptions.__dataclass_fields__})
+        self.router = Router(options, d_model, shard, place)
+        self.experts = Experts(config.num_experts, config.top_k, d_model, config.d_ff, config.activation, shard)
+        shared = config.shared_d_ff
+        segments = hidden_segments(config.activation, shared)
+        self.shared_in = Column(shard, d_model, segments, enter=False) if shared else None
+        self.shared_out = Row(shard, shared, d_model, to="partial") if shared else None
+
+    def forward(self, x_BTD: Tensor, rows: Rows) -> Tensor:
+        x_BTD = self.shard.enter(x_BTD)
+        slots = dispatch(self.router(x_BTD, rows), self.config.num_experts)
+        y_BTD = slots.scatter(self.experts(slots.gather(x_BTD), slots.counts), x_BTD)
+        if self.shared_in is not None and self.shared_out is not None:
+            h = self.shared_in(x_BTD)
+            y_BTD = y_BTD + self.shared_out(activate(self.config.activation, *h))
+        return self.shard.leave(y_BTD)

@@ -1,0 +1,30 @@
+"""The experts: as many MLPs, their weights stacked [E, ...], each over the tokens that are its own.
+
+With expert = 1 every rank of the tensor group holds a share of each expert's width, so no token is exchanged.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lamella.channels.mlp import Activation, activate, hidden_segments
+from lamella.nn.shard import Shard
+
+
+class Experts(nn.Module):
+    def __init__(self, num_experts: int, top_k: int, d_model: int, d_ff: int, activation: Activation, shard: Shard):
+        super().__init__()
+        self.activation, self.parts = activation, len(hidden_segments(activation, d_ff))
+        segments, active = hidden_segments(activation, d_ff), top_k / num_experts
+        shape_in, shape_out = (num_experts, sum(segments), d_model), (num_experts, d_model, d_ff)
+        self.w_in = shard.parameter(shape_in, shard.normal, split=1, segments=segments, decay=True, active=active)
+        self.w_out = shard.parameter(shape_out, shard.residual_normal, split=2, decay=True, active=active)
+
+    def forward(self, x_ND: Tensor, counts: list[int]) -> Tensor:
+        """x sorted by expert, `counts` rows for each; returns the same rows, partial over the tensor group."""
+        w_in, w_out = self.w_in.to(x_ND.dtype).unbind(0), self.w_out.to(x_ND.dtype).unbind(0)
+        pieces = [
+            F.linear(activate(self.activation, *F.linear(x, a).chunk(self.parts, dim=-1)), b)
+            for x, a, b in zip(x_ND.split(counts), w_in, w_out, strict=True)
+        ]
+        return torch.cat(pieces)

@@ -1,0 +1,31 @@
+"""The command `lamella`. Each command's imports are made when it is called, so help and mistakes answer at once."""
+
+import sys
+
+import typer
+
+from lamella.cli import data, train, verify
+from lamella.errors import EXIT_USER, UserError
+
+app = typer.Typer(
+    help="Pretrain stacks of sequence and channel mixers, under layouts that never change the model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("train")(train.train)
+app.command("verify")(verify.verify)
+app.add_typer(data.app, name="data")
+
+
+def main() -> None:
+    """Runs the command line; a mistake of the user is one line and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"lamella: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER)
+
+
+if __name__ == "__main__":
+    main()

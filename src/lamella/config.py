@@ -1,0 +1,298 @@
+"""Configuration: YAML files -> strict frozen pydantic models. This file never imports torch.
+
+A run file names one file of each group, `configs/<group>/<NAME>.yaml`, or holds the group's mapping itself:
+
+    name: quickstart
+    model: jamba-nano          # configs/model/jamba-nano.yaml
+    data: stdlib
+    layout: {micro_batch: 4}   # written in place
+    train: quickstart
+
+Overrides are `a.b=c` words: `train.steps=10`, `model=NAME`, `model.parts.moe.top_k=1`. The resolved configuration that
+`dump` writes into the run's folder is a run file again. The options of a part are checked where the part lives
+(`mixers/NAME.py`, `channels/NAME.py`), when the model is resolved.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml import YAMLError
+
+from lamella.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+GROUPS = ("model", "data", "layout", "train")
+
+
+class Strict(BaseModel):
+    """No conversion ("8" is no number), no unknown key, no change after loading."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class BlockConfig(Strict):
+    """Some layers, repeated. A layer is `MIXER/CHANNEL`, two part names, either may be `-`."""
+
+    layers: Annotated[tuple[str, ...], Field(min_length=1)]
+    repeat: Positive = 1
+
+
+class ModelConfig(Strict):
+    """A stack of layers over named parts (`parts.NAME.mixer: attention`, `parts.NAME.channel: moe`, plus its options)."""
+
+    d_model: Positive
+    vocab_size: Positive  # rows of the embedding; may exceed the tokenizer's pieces
+    parts: dict[str, dict[str, Any]]
+    stack: Annotated[tuple[BlockConfig, ...], Field(min_length=1)]
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    tie_embeddings: bool = False
+    dropout: Share = 0.0  # on each branch's output
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+
+
+class SourceConfig(Strict):
+    """Where documents come from: one file, row or record is one document."""
+
+    format: Literal["stdlib", "text", "jsonl", "parquet", "hub"]
+    path: str | None = None  # a file, a folder or a glob; for hub: the data set's name; for stdlib: nothing
+    column: str = "text"
+    split: str = "train"  # hub only
+
+    @model_validator(mode="after")
+    def _path_where_needed(self) -> "SourceConfig":
+        if (self.path is None) != (self.format == "stdlib"):
+            raise ValueError("stdlib takes no path, every other format needs one")
+        return self
+
+
+class TokenizerConfig(Strict):
+    """A sentencepiece model: the given one, else BPE with byte fallback trained on the sources."""
+
+    model: str | None = None
+    vocab_size: Annotated[int, Field(ge=300)] = 4096
+    train_megabytes: Positive = 10  # of text, evenly drawn over the documents
+
+
+class DataConfig(Strict):
+    path: str  # the folder of prepared files
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    heldout: Annotated[float, Field(gt=0, lt=0.5)] = 0.02  # share of the documents that no training row touches
+
+
+class LayoutConfig(Strict):
+    """Who computes what. It never changes the model: `lamella verify`."""
+
+    tensor: Positive = 1
+    sequence_parallel: bool = False  # the residual stream split over the tensor group
+    data: Positive | None = None  # None: the processes that tensor leaves
+    zero: Literal[1] = 1
+    micro_batch: Positive = 1  # rows a rank computes at once
+
+
+class OptimizerConfig(Strict):
+    lr: Annotated[float, Field(gt=0)]
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    clip_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: no clipping
+
+
+class ScheduleConfig(Strict):
+    """Learning rate: linear warm-up, then cosine to the end, or stable and a linear decay (WSD), or constant."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: Count = 0
+    decay_steps: Count = 0  # wsd only
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+
+
+class EvaluateConfig(Strict):
+    every: Positive
+    rows: Positive | None = None  # None: all of the held-out split
+
+
+class CheckpointConfig(Strict):
+    every: Positive
+    keep: Positive = 2
+
+
+class TrainConfig(Strict):
+    steps: Positive
+    sequence_length: Positive
+    global_batch_size: Positive  # rows a step, all ranks together
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    evaluate: EvaluateConfig
+    checkpoint: CheckpointConfig
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: Count = 0
+
+
+class RunConfig(Strict):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    model: ModelConfig
+    data: DataConfig
+    layout: LayoutConfig = LayoutConfig()
+    train: TrainConfig
+    runs: str = "runs"  # the folder that holds one folder a run
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs) / self.name
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_run(file: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Reads a run file with its groups, applies the overrides, checks everything but the parts' own options.
+
+    Raises UserError: missing or unreadable file, unknown key (with the nearest known one), wrong type or size.
+    """
+    file = Path(file)
+    tree = _read(file)
+    changes = _parse(overrides)
+    for group in GROUPS:
+        if isinstance(OmegaConf.select(changes, group), str):  # model=NAME
+            tree[group] = changes.pop(group)
+        if isinstance(tree.get(group), str):
+            tree[group] = _read(_group_file(file, group, tree[group]))
+    return _validate(RunConfig, _merge(tree, changes), file)
+
+
+def load_data(file: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> DataConfig:
+    """Reads one file of the data group. Raises UserError as `load_run` does."""
+    return _validate(DataConfig, _merge(_read(Path(file)), _parse(overrides)), Path(file))
+
+
+def change(config: Model, **values: Any) -> Model:
+    """A checked copy with some fields changed."""
+    return type(config).model_validate_json(json.dumps(config.model_dump(mode="json") | values))
+
+
+def parse_layout(words: str) -> LayoutConfig:
+    """`tensor=2,sequence_parallel=true` -> LayoutConfig. Raises UserError."""
+    tree = _parse([w for w in words.split(",") if w])
+    return _validate(LayoutConfig, tree, "--layout")
+
+
+def check_options(kind: type[Model], options: dict[str, Any], where: str) -> Model:
+    """The options of one part against its own model. Raises UserError that names the key."""
+    return _validate(kind, options, where)
+
+
+def dump(config: BaseModel, file: Path) -> None:
+    """Writes the resolved configuration as YAML that `load_run` reads back."""
+    file.write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
+
+
+def _read(file: Path) -> DictConfig:
+    try:
+        tree = OmegaConf.load(file)
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file{_nearest_file(file)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({_line(error)})") from None
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{file}: not valid YAML ({_line(error)})") from None
+    if not isinstance(tree, DictConfig):
+        raise UserError(f"{file}: holds no mapping of keys to values")
+    return tree
+
+
+def _group_file(run: Path, group: str, name: str) -> Path:
+    """`configs/<group>/<name>.yaml`, beside the run file's folder, else in the current folder."""
+    homes = [run.absolute().parent.parent, Path("configs")]
+    files = [home / group / f"{name}.yaml" for home in homes]
+    for file in files:
+        if file.is_file():
+            return file
+    known = sorted({f.stem for home in homes for f in (home / group).glob("*.yaml")})
+    hint = difflib.get_close_matches(name, known, 1) or known
+    raise UserError(f"{run}: {group}: no file {files[0]}" + (f"; there is {', '.join(hint)}" if hint else ""))
+
+
+def _parse(words: list[str] | tuple[str, ...]) -> DictConfig:
+    for word in words:
+        if "=" not in word or word.startswith("="):
+            raise UserError(f"{word}: an override reads a.b=c, for example train.steps=10")
+    try:
+        return OmegaConf.from_dotlist(list(words))
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"{' '.join(words)}: cannot be read as overrides ({_line(error)})") from None
+
+
+def _merge(tree: DictConfig, changes: DictConfig) -> DictConfig:
+    try:
+        return OmegaConf.merge(tree, changes)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise UserError(f"overrides do not fit the file ({_line(error)})") from None
+
+
+def _validate(kind: type[Model], tree: DictConfig | dict[str, Any], where: Path | str) -> Model:
+    try:
+        plain = OmegaConf.to_container(tree, resolve=True) if isinstance(tree, DictConfig) else tree
+        # Through JSON: strict there still turns lists into tuples.
+        return kind.model_validate_json(json.dumps(plain))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{where}: {_line(error)}") from None
+    except (TypeError, ValueError) as error:
+        if not isinstance(error, ValidationError):
+            raise UserError(f"{where}: {_line(error)}") from None
+        lines = [_explain(kind, e) for e in error.errors()]
+        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+        raise UserError(f"{where}: {lines[0]}{more}") from None
+
+
+def _explain(kind: type[BaseModel], error: Any) -> str:
+    path = [str(p) for p in error["loc"]]
+    key = ".".join(path) or kind.__name__
+    if error["type"] == "extra_forbidden":
+        known = _keys(kind, path[:-1])
+        near = difflib.get_close_matches(path[-1], known, 1)
+        cure = f"did you mean {'.'.join([*path[:-1], near[0]])}?" if near else f"known here: {', '.join(known)}"
+        return f"{key}: unknown key; {cure}"
+    if error["type"] == "missing":
+        return f"{key}: missing; the file must set it"
+    message = error["msg"].removeprefix("Value error, ")
+    given = json.dumps(error["input"], default=str)
+    return f"{key}: {message[0].lower()}{message[1:]}" + (f", got {given}" if len(given) < 60 else "")
+
+
+def _keys(kind: type[BaseModel], path: list[str]) -> list[str]:
+    """The field names of the model at `path` inside `kind`."""
+    schema = kind.model_json_schema()
+    node = schema
+    for step in path:
+        node = _follow(schema, node)
+        node = node.get("items", {}) if step.isdigit() else node.get("properties", {}).get(step, {})
+    return list(_follow(schema, node).get("properties", {}))
+
+
+def _follow(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+    for option in [node, *node.get("anyOf", []), *node.get("allOf", [])]:
+        if "$ref" in option:
+            return schema["$defs"][option["$ref"].rsplit("/", 1)[1]]
+    return node
+
+
+def _nearest_file(file: Path) -> str:
+    try:
+        names = [f.name for f in file.parent.glob("*.yaml")]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(file.name, names, 1)
+    return f"; did you mean {file.parent / near[0]}?" if near else ""
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,155 @@
+"""Softmax attention (Vaswani et al. 2017) inside documents: grouped queries, optional RoPE, QK-norm, sliding window.
+
+    y_t = sum_s softmax_s(q_t . k_s / sqrt(K)) v_s        over s <= t of t's document (and s > t - window)
+
+Each document is attended by itself, so the cost is the sum of squared document lengths (or length x window), and no mask
+over the row is ever made. Grouped queries: Ainslie et al. 2023 (arXiv 2305.13245). QK-norm: Henry et al. 2020 (2010.04245).
+
+Shapes: B batch, T time, D model width, H query heads, G key-value heads, K head size, L tokens of one document.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from lamella.config import Positive, change
+from lamella.errors import UserError
+from lamella.mixers.base import Mixer, MixerConfig, State
+from lamella.nn.flops import Flops
+from lamella.nn.initializers import zeros
+from lamella.nn.linear import Column, Row
+from lamella.nn.norm import RMSNorm
+from lamella.nn.rope import rotary, rotate
+from lamella.nn.rows import Rows
+from lamella.nn.shard import Shard
+
+
+class Config(MixerConfig):
+    mixer: Literal["attention"]
+    num_heads: Positive
+    num_kv_heads: Positive | None = None  # None: as many as heads
+    head_dim: Positive | None = None  # None: d_model / num_heads
+    rope_theta: Annotated[float, Field(gt=0)] | None = None  # None: no positions (Jamba)
+    window: Positive | None = None  # tokens a query sees, itself included; None: the whole document
+    qk_norm: bool = False
+    qkv_bias: bool = False
+
+    def sizes(self, d_model: int) -> tuple[int, int, int]:
+        """H, G, K. Raises UserError where they do not divide."""
+        heads, groups = self.num_heads, self.num_kv_heads or self.num_heads
+        if heads % groups:
+            raise UserError(f"attention: num_heads={heads} is not a multiple of num_kv_heads={groups}")
+        if self.head_dim is None and d_model % heads:
+            raise UserError(f"attention: d_model={d_model} does not divide by num_heads={heads}; set head_dim or change one")
+        size = self.head_dim or d_model // heads
+        if self.rope_theta is not None and size % 2:
+            raise UserError(f"attention: rotary positions need an even head_dim, got {size}")
+        return heads, groups, size
+
+    def build(self, d_model: int, norm_eps: float, shard: Shard) -> "Attention":
+        return Attention(self, d_model, norm_eps, shard)
+
+    def flops(self, d_model: int, length: int) -> Flops:
+        heads, groups, size = self.sizes(d_model)
+        span = min(self.window or length, length)
+        pairs = span * (span + 1) / 2 + (length - span) * span
+        return Flops(
+            matmul=2 * length * d_model * size * (2 * heads + 2 * groups),
+            scores=4 * pairs * heads * size,
+        )
+
+    def shrink(self, tensor: int) -> "Config":
+        grouped = self.num_kv_heads is not None and self.num_kv_heads < self.num_heads
+        window = None if self.window is None else min(self.window, 5)
+        return change(
+            self, num_heads=tensor * (2 if grouped else 1), num_kv_heads=tensor, head_dim=8, window=window
+        )
+
+
+class Attention(Mixer):
+    def __init__(self, config: Config, d_model: int, norm_eps: float, shard: Shard):
+        super().__init__()
+        heads, groups, size = config.sizes(d_model)
+        for name, count in (("num_heads", heads), ("num_kv_heads", groups)):
+            if count % shard.size:
+                raise UserError(f"attention: {name}={count} cannot be split over tensor={shard.size}; choose a divisor")
+        self.config, self.head_dim = config, size
+        bias = zeros if config.qkv_bias else None
+        self.qkv = Column(shard, d_model, (heads * size, groups * size, groups * size), bias=bias)
+        self.q_norm = RMSNorm(shard, size, norm_eps, "branch") if config.qk_norm else None
+        self.k_norm = RMSNorm(shard, size, norm_eps, "branch") if config.qk_norm else None
+        self.out = Row(shard, heads * size, d_model)
+
+    def forward(self, x_BTD: Tensor, rows: Rows, state: State | None = None) -> Tensor:
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv(x_BTD))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.config.rope_theta is not None:
+            cos, sin = rotary(rows.position_BT, self.head_dim, self.config.rope_theta)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if state is None:
+            y = _packed(q, k, v, rows.lengths, self.config.window)
+        else:
+            y = _continued(q, k, v, rows, self.config.window, state)
+        return self.out(y.flatten(2))
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None) -> Tensor:
+    """[B, T, H or G, K] -> [B, T, H, K], document by document."""
+    pieces = [t.flatten(0, 1).split(lengths) for t in (q, k, v)]
+    return torch.cat([attend(*document, window=window) for document in zip(*pieces, strict=True)]).view_as(q)
+
+
+def _continued(q: Tensor, k: Tensor, v: Tensor, rows: Rows, window: int | None, state: State) -> Tensor:
+    """The same, where each row's first tokens continue the document of the last call. The state keeps its keys, values."""
+    past, out, kept = state.get("kv", [(k.new_empty(0, *k.shape[2:]), v.new_empty(0, *v.shape[2:]))] * len(q)), [], []
+    for b in range(len(q)):
+        starts = rows.reset_BT[b].nonzero().flatten().tolist()
+        cuts = [0, *(s for s in starts if s), q.shape[1]]
+        k_old, v_old = past[b] if 0 not in starts else (k.new_empty(0, *k.shape[2:]), v.new_empty(0, *v.shape[2:]))
+        for start, stop in zip(cuts, cuts[1:], strict=False):
+            k_LGK, v_LGK = torch.cat([k_old, k[b, start:stop]]), torch.cat([v_old, v[b, start:stop]])
+            out.append(attend(q[b, start:stop], k_LGK, v_LGK, window=window))
+            k_old, v_old = k.new_empty(0, *k.shape[2:]), v.new_empty(0, *v.shape[2:])
+        keep = len(k_LGK) if window is None else min(window - 1, len(k_LGK))
+        kept.append((k_LGK[len(k_LGK) - keep :], v_LGK[len(v_LGK) - keep :]))
+    state["kv"] = kept
+    return torch.cat(out).view_as(q)
+
+
+def attend(q_LHK: Tensor, k_SGK: Tensor, v_SGK: Tensor, *, window: int | None = None) -> Tensor:
+    """Causal attention of the last L tokens of a document to its S >= L tokens (of which keys are kept). Returns [L, H, K]."""
+    new, all_ = q_LHK.shape[0], k_SGK.shape[0]
+    repeat = q_LHK.shape[1] // k_SGK.shape[1]
+    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q_LHK, k_SGK, v_SGK))  # [1, heads, tokens, K]
+    if repeat > 1:
+        k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+    if window is not None and all_ > window:
+        y = _banded(q, k, v, window)
+    elif new == 1 or new == all_:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=new > 1)
+    else:  # later tokens of a document whose first keys are kept: the mask is new x all, and only in generation
+        mask = torch.ones(new, all_, dtype=torch.bool, device=q.device).tril(all_ - new)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return y[0].transpose(0, 1)
+
+
+def _banded(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Sliding window by blocks: `window` queries against the two blocks of keys that they can see. [1, H, L, K]."""
+    _, heads, new, size = q.shape
+    old = k.shape[2] - new
+    blocks = -(-new // window)
+    left, right = window - min(old, window), blocks * window - new
+    k, v = (F.pad(t[:, :, max(0, old - window) :], (0, 0, left, right)) for t in (k, v))
+    q = F.pad(q, (0, 0, 0, right)).view(heads, blocks, window, size)
+    k, v = (
+        torch.cat([t[:, :, :-window].view(heads, blocks, window, size), t[:, :, window:].view(heads, blocks, window, size)], 2)
+        for t in (k, v)
+    )
+    i, j = torch.arange(window, device=q.device)[:, None], torch.arange(2 * window, device=q.device)[None, :]
+    mask = ((j > i) & (j <= i + window)).repeat(blocks, 1, 1)
+    mask[0] &= j >= left  # the first block has no more keys before it than are kept
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(1, heads, -1, size)[:, :, :new]

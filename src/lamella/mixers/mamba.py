@@ -1,0 +1,92 @@
+"""Mamba-1 (Gu & Dao 2023, arXiv 2312.00752), with Jamba's norms on dt, B and C (arXiv 2403.19887) as an option.
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t        y_t = C_t h_t + D x_t
+
+B batch, T time, D model, I inner channels (split over the tensor group), N state, R rank of dt.
+"""
+
+from typing import Annotated, Literal
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from lamella.config import Positive, change
+from lamella.errors import UserError
+from lamella.mixers.base import Mixer, MixerConfig, State
+from lamella.nn.conv import CausalConv1d
+from lamella.nn.flops import Flops
+from lamella.nn.initializers import inverse_softplus_of_log_uniform, log_arange, ones, uniform
+from lamella.nn.linear import Column, Row
+from lamella.nn.norm import RMSNorm
+from lamella.nn.rows import Rows
+from lamella.nn.shard import Shard, wide
+from lamella_kernels.selective_scan import selective_scan
+
+
+class Config(MixerConfig):
+    mixer: Literal["mamba"]
+    d_state: Positive = 16
+    d_conv: Annotated[int, Field(ge=2)] = 4
+    expand: Positive = 2
+    dt_rank: Positive | None = None  # None: d_model / 16, rounded up
+    norms: bool = True  # RMSNorm on dt, B and C, as Jamba has them
+
+    def rank(self, d_model: int) -> int:
+        return self.dt_rank or -(-d_model // 16)
+
+    def build(self, d_model: int, norm_eps: float, shard: Shard) -> "Mamba":
+        return Mamba(self, d_model, norm_eps, shard)
+
+    def flops(self, d_model: int, length: int) -> Flops:
+        inner, rank, n = self.expand * d_model, self.rank(d_model), self.d_state
+        weights = d_model * 2 * inner + inner * (rank + 2 * n) + rank * inner + inner * d_model
+        # dt A and its exponential, decay h, (dt x) B, their sum: 5 a state; C h: 2 a state; dt x, D x and its sum: 3;
+        # the convolution: 2 a tap.
+        scan = inner * (7 * n + 3 + 2 * self.d_conv)
+        return Flops(matmul=2 * length * weights, scan=length * scan)
+
+    def shrink(self, tensor: int) -> "Config":
+        return change(self, d_state=min(self.d_state, 8), dt_rank=8)  # norms over fewer channels amplify rounding
+
+
+class Mamba(Mixer):
+    def __init__(self, config: Config, d_model: int, norm_eps: float, shard: Shard):
+        super().__init__()
+        inner, rank, n = config.expand * d_model, config.rank(d_model), config.d_state
+        if inner % shard.size:
+            raise UserError(f"mamba: {inner} inner channels cannot be split over tensor={shard.size}; choose a divisor")
+        self.shard, self.sizes = shard, (rank, n, n)
+        self.in_proj = Column(shard, d_model, (inner, inner))
+        self.conv = CausalConv1d(shard, inner, config.d_conv)
+        self.x_proj = Row(shard, inner, rank + 2 * n, to="branch")
+        self.dt_norm = RMSNorm(shard, rank, norm_eps, "copied") if config.norms else None
+        self.B_norm = RMSNorm(shard, n, norm_eps, "copied") if config.norms else None
+        self.C_norm = RMSNorm(shard, n, norm_eps, "copied") if config.norms else None
+        dt_bias = inverse_softplus_of_log_uniform(1e-3, 0.1)
+        self.dt_proj = Column(shard, rank, inner, bias=dt_bias, init=uniform(rank**-0.5), enter=False)
+        self.A_log = shard.parameter((inner, n), log_arange, split=0)
+        self.D = shard.parameter((inner,), ones, split=0)
+        self.out_proj = Row(shard, inner, d_model)
+
+    def forward(self, x_BTD: Tensor, rows: Rows, state: State | None = None) -> Tensor:
+        x_BTI, z_BTI = self.in_proj(x_BTD)
+        x_BTI = self.conv(x_BTI, rows, state)
+        dt_BTR, B_BTN, C_BTN = self.x_proj(x_BTI).split(self.sizes, dim=-1)
+        if self.dt_norm is not None and self.B_norm is not None and self.C_norm is not None:
+            dt_BTR, B_BTN, C_BTN = self.dt_norm(dt_BTR), self.B_norm(B_BTN), self.C_norm(C_BTN)
+        dt_BTR, B_BTN, C_BTN = (self.shard.copy(t) for t in (dt_BTR, B_BTN, C_BTN))
+        y_BTI, h_BIN = selective_scan(
+            x_BTI,
+            F.softplus(self.dt_proj(wide(dt_BTR))),
+            -wide(self.A_log).exp(),
+            B_BTN,
+            C_BTN,
+            wide(self.D),
+            reset_BT=rows.reset_BT,
+            initial_state_BIN=None if state is None else state.get("h"),
+            return_state=True,
+        )
+        if state is not None:
+            state["h"] = h_BIN
+        return self.out_proj(y_BTI * F.silu(z_BTI))

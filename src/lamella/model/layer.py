@@ -1,0 +1,39 @@
+"""A layer: two pre-norm residual branches, a mixer over time and a mixer over channels, either may be absent."""
+
+from torch import Tensor, nn
+
+from lamella.config import ModelConfig
+from lamella.mixers.base import State
+from lamella.model.stack import LayerPlan
+from lamella.nn.norm import RMSNorm
+from lamella.nn.rows import Rows
+from lamella.nn.shard import Shard
+
+
+class Layer(nn.Module):
+    """x += mixer(norm(x)); x += channel(norm(x)), with dropout on each branch's output in training."""
+
+    def __init__(self, config: ModelConfig, plan: LayerPlan, shard: Shard):
+        super().__init__()
+        self.shard, self.dropout, self.place = shard, config.dropout, f"layer{plan.index}"
+        if plan.mixer is not None:
+            self.mixer_norm = RMSNorm(shard, config.d_model, config.norm_eps)
+            self.mixer = plan.mixer.build(config.d_model, config.norm_eps, shard)
+        if plan.channel is not None:
+            self.channel_norm = RMSNorm(shard, config.d_model, config.norm_eps)
+            self.channel = plan.channel.build(config.d_model, shard, f"{self.place}/channel")
+        self.has_mixer, self.has_channel = plan.mixer is not None, plan.channel is not None
+
+    def forward(self, x: Tensor, rows: Rows, state: State | None = None) -> Tensor:
+        if self.has_mixer:
+            x = x + self._drop(self.mixer(self.mixer_norm(x), rows, state), rows, "mixer")
+        if self.has_channel:
+            x = x + self._drop(self.channel(self.channel_norm(x), rows), rows, "channel")
+        return x
+
+    def _drop(self, y: Tensor, rows: Rows, branch: str) -> Tensor:
+        if not self.dropout or rows.draw is None:
+            return y
+        time_T = self.shard.stream(rows.time_T[None])[0]
+        keep = rows.draw.uniform(f"{self.place}/{branch}/dropout", time_T, y.shape[-1]) >= self.dropout
+        return y * keep / (1 - self.dropout)

@@ -1,0 +1,39 @@
+"""Random numbers as a pure function of where they are used: (seed, step, row, position, place in the model, channel).
+
+No generator, no state, no order of calls: every layout, micro-batch and resumed run draws the same numbers. The bits come
+from the 64-bit finaliser of MurmurHash3 (Appleby, public domain) over a counter, keyed by seed, step and place.
+"""
+
+import dataclasses
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """The draws of some rows of one step. `row_B`: the rows' numbers inside the step, int64."""
+
+    seed: int
+    step: int
+    row_B: Tensor
+
+    def uniform(self, place: str, time_T: Tensor, channels: int) -> Tensor:
+        """Uniform in [0, 1), [B, T, channels] fp32; `place` names the user, `time_T` the tokens' indices in the row."""
+        digest = hashlib.sha256(f"{self.seed}/{self.step}/{place}".encode()).digest()
+        key = int.from_bytes(digest[:8], "little", signed=True)
+        row_BT1 = (self.row_B[:, None] * 2**32 + time_T[None, :])[..., None]
+        bits = _mix(_mix(row_BT1 ^ key) + torch.arange(channels, device=row_BT1.device))
+        return (bits & (2**24 - 1)).float() * 2**-24
+
+
+def _mix(x: Tensor) -> Tensor:
+    """MurmurHash3's fmix64 on int64 (products wrap)."""
+    for factor in (-49064778989728563, -4265267296055464877):
+        x = (x ^ _shift(x)) * factor
+    return x ^ _shift(x)
+
+
+def _shift(x: Tensor) -> Tensor:
+    return (x >> 33) & (2**31 - 1)  # >> on int64 is arithmetic; the mask makes it logical

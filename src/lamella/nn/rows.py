@@ -1,0 +1,55 @@
+"""What a part of the model may know about the rows it is given, besides their activations."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lamella.nn.draw import Draw
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Some packed rows. `document_BT`: index of the document inside the row, -1 on padding; `position_BT`: index inside it.
+
+    A position of 0 starts a document anew; a row whose first position is above 0 continues the document of the state it is
+    given. `draw` is None outside training (no jitter, no dropout). `loss_scale` is what one row's auxiliary loss weighs in
+    the loss that is differentiated. `record(name, value)` adds up sums for the step's metrics.
+    """
+
+    document_BT: Tensor
+    position_BT: Tensor
+    draw: Draw | None = None
+    loss_scale: float = 0.0
+    record: Callable[[str, Tensor], None] | None = None
+
+    @cached_property
+    def reset_BT(self) -> Tensor:
+        """Where a document starts: no state from before reaches this token."""
+        return self.position_BT == 0
+
+    @cached_property
+    def real_BT(self) -> Tensor:
+        """The tokens that are not padding."""
+        return self.document_BT >= 0
+
+    @cached_property
+    def time_T(self) -> Tensor:
+        return torch.arange(self.position_BT.shape[1], device=self.position_BT.device)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Lengths of the documents (padding is one, too) over the rows laid end to end; they sum to B * T."""
+        start = self.reset_BT.clone()
+        start[:, 0] = True
+        at = start.flatten().nonzero().flatten().tolist()
+        return [b - a for a, b in zip(at, [*at[1:], start.numel()], strict=True)]
+
+
+def one_document(tokens_BT: Tensor, start: int = 0) -> Rows:
+    """Rows that hold a single document each, of which these are the tokens from `start` on."""
+    document = torch.zeros_like(tokens_BT, dtype=torch.int32)
+    position = torch.arange(start, start + tokens_BT.shape[1], dtype=torch.int32, device=tokens_BT.device)
+    return Rows(document, position.expand_as(document))

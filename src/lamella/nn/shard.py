@@ -1,0 +1,180 @@
+"""The seam between mathematics and layout: every mixer and channel mixer builds its parameters through a `Shard`.
+
+A `Shard` stands for one rank of a tensor group. `Whole`, below, is the group of one; `parallel/tensor.py` has the one that
+communicates. Parts never import torch.distributed and never learn which one they were given.
+
+The **stream** is the residual between branches; under sequence parallelism a rank holds a slice of its time. Inside a
+**branch**, between `enter` and `leave`, every rank sees whole rows and its own share of the channels. So in backward
+
+- after `leave` and before `enter` a gradient is whole (of the rank's slice of the stream),
+- inside a branch it is *partial*: the ranks' gradients add up to the whole one. What is replicated inside a branch is
+  made whole where it is used: a weight by `shared`, an activation by `copy`, a loss by being divided by `size`.
+
+Each parameter carries its `Place`: the shape of the whole tensor and the boxes of it that this rank holds.
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lamella.errors import UserError
+from lamella.nn.initializers import Initializer, normal
+
+
+@dataclasses.dataclass(frozen=True)
+class Box:
+    """The block `size` at `local` of this rank's tensor is the block of the same size at `whole` of the global tensor."""
+
+    local: tuple[int, ...]
+    size: tuple[int, ...]
+    whole: tuple[int, ...]
+
+    @property
+    def local_slices(self) -> tuple[slice, ...]:
+        return tuple(slice(o, o + n) for o, n in zip(self.local, self.size, strict=True))
+
+    @property
+    def whole_slices(self) -> tuple[slice, ...]:
+        return tuple(slice(o, o + n) for o, n in zip(self.whole, self.size, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A parameter's place in the whole. Checkpoints, initialisation and verification use nothing else."""
+
+    shape: tuple[int, ...]  # of the global tensor
+    boxes: tuple[Box, ...]
+    owner: bool  # this rank writes it; of a replica set one rank does
+    replicated: bool  # every rank of the tensor group holds all of it
+    init: Initializer
+    decay: bool  # weight decay applies
+    active: float = 1.0  # share of it that one token uses
+
+
+class Parameter(nn.Parameter):
+    """An nn.Parameter with a `place`."""
+
+    place: Place
+
+
+class Shard(ABC):
+    """One rank of a tensor group. Activations are [B, T, ...]; `size` ranks, this one is `rank`."""
+
+    def __init__(self, rank: int, size: int, dtype: torch.dtype, init_std: float, num_layers: int):
+        self.rank, self.size, self.dtype = rank, size, dtype
+        self.normal = normal(init_std)
+        self.residual_normal = normal(init_std / (2 * num_layers) ** 0.5)  # what adds to the stream (Radford et al. 2019)
+
+    def parameter(
+        self,
+        shape: Sequence[int],
+        init: Initializer,
+        *,
+        split: int | None = None,
+        segments: Sequence[int] | None = None,
+        decay: bool = False,
+        active: float = 1.0,
+    ) -> Parameter:
+        """This rank's part of a parameter of `shape`: all of it, or its share of dim `split`.
+
+        A fused dim is cut segment by segment (`segments` sum to its length), so that every rank holds its share of each.
+        Raises UserError where a segment does not divide by the tensor size.
+        """
+        shape = tuple(shape)
+        if split is None:
+            zeros = (0,) * len(shape)
+            boxes, local = [Box(zeros, shape, zeros)], shape
+        else:
+            segments = tuple(segments or (shape[split],))
+            assert sum(segments) == shape[split], (shape, segments)
+            boxes, at, base = [], 0, 0
+            for n in segments:
+                if n % self.size:
+                    raise UserError(f"a width of {n} cannot be split over tensor={self.size}; choose a divisor of {n}")
+                share = n // self.size
+                local, whole = [0] * len(shape), [0] * len(shape)
+                local[split], whole[split] = at, base + self.rank * share
+                size = (*shape[:split], share, *shape[split + 1 :])
+                boxes.append(Box(tuple(local), size, tuple(whole)))
+                at, base = at + share, base + n
+            local = (*shape[:split], at, *shape[split + 1 :])
+        parameter = Parameter(torch.empty(local))
+        replicated = split is None
+        parameter.place = Place(
+            shape, tuple(boxes), not replicated or self.rank == 0, replicated, init, decay, active
+        )
+        return parameter
+
+    @abstractmethod
+    def enter(self, x: Tensor) -> Tensor:
+        """Stream -> branch: the whole rows [B, T, D]; backward sums the ranks' partial gradients."""
+
+    @abstractmethod
+    def leave(self, y_BTD: Tensor) -> Tensor:
+        """Branch -> stream: the sum of the ranks' partial outputs."""
+
+    @abstractmethod
+    def enter_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`F.linear(enter(x), weight, bias)`, keeping only the stream's slice of x for backward."""
+
+    @abstractmethod
+    def copy(self, x: Tensor) -> Tensor:
+        """Identity; backward sums the gradients, so that they are whole before it. For replicated activations."""
+
+    @abstractmethod
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over the ranks; backward is the identity. For sums over channels inside a branch."""
+
+    @abstractmethod
+    def shared(self, weight: Tensor, where: Literal["stream", "branch"]) -> Tensor:
+        """A replicated weight used on the stream or inside a branch; backward makes its gradient whole."""
+
+    @abstractmethod
+    def stream(self, x_BT: Tensor) -> Tensor:
+        """Of a tensor with one value a token [B, T, ...], the tokens whose stream this rank holds."""
+
+    @abstractmethod
+    def cross_entropy(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+        """-log softmax at the targets, [B, T] in fp32, from this rank's columns of the logits (targets >= 0)."""
+
+
+class Whole(Shard):
+    """A single process: nothing is split, nothing is communicated."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, init_std: float = 0.02, num_layers: int = 1):
+        super().__init__(0, 1, dtype, init_std, num_layers)
+
+    def enter(self, x: Tensor) -> Tensor:
+        return x
+
+    def leave(self, y_BTD: Tensor) -> Tensor:
+        return y_BTD
+
+    def enter_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def copy(self, x: Tensor) -> Tensor:
+        return x
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x
+
+    def shared(self, weight: Tensor, where: Literal["stream", "branch"]) -> Tensor:
+        return weight
+
+    def stream(self, x_BT: Tensor) -> Tensor:
+        return x_BT
+
+    def cross_entropy(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+        logits = wide(logits_BTV)
+        return F.cross_entropy(logits.flatten(0, 1), targets_BT.long().flatten(), reduction="none").view_as(targets_BT)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in at least fp32: what norms, softmax, routers, scans and losses compute in."""
+    return x if x.dtype == torch.float64 else x.float()

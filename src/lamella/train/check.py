@@ -1,0 +1,43 @@
+"""Everything about a run that can be wrong, looked at before any process starts."""
+
+from lamella.config import RunConfig
+from lamella.data.stream import HeldoutRows, TrainRows
+from lamella.errors import UserError
+from lamella.model.count import count
+from lamella.parallel.layout import Layout, resolve
+from lamella.train.folder import open_folder
+
+
+def check(run: RunConfig, world: int) -> Layout:
+    """Layout, model, data, tokenizer and folder against each other. Raises UserError for the first that does not fit."""
+    layout = resolve(run, world)
+    train = run.train
+    if train.schedule.kind == "wsd" and not 0 < train.schedule.decay_steps <= train.steps:
+        raise UserError(f"train.schedule.decay_steps={train.schedule.decay_steps} must lie in 1..train.steps={train.steps}")
+    data = TrainRows(run.data, train.sequence_length, train.global_batch_size, train.seed)
+    HeldoutRows(run.data, train.sequence_length)
+    if data.vocab_size > run.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size={run.model.vocab_size} is smaller than the tokenizer's {data.vocab_size} pieces"
+            f" ({run.data.path}); raise it to {data.vocab_size}"
+        )
+    open_folder(run)
+    return layout
+
+
+def describe(run: RunConfig, layout: Layout) -> str:
+    """What would run, in a few lines."""
+    train = run.train
+    sizes = count(run.model, train.sequence_length)
+    per_token = sizes.training_flops / train.sequence_length
+    tokens = train.steps * train.global_batch_size * train.sequence_length
+    how = ", sequence parallel" if layout.sequence_parallel else ""
+    return "\n".join(
+        [
+            f"{run.name}: {sizes.parameters:,} parameters, {sizes.active:,} active a token,"
+            f" {per_token / 1e6:.1f} MFLOP a token in training",
+            f"layout: {layout.world} processes = tensor {layout.tensor}{how} x data {layout.data}, ZeRO {layout.zero},"
+            f" {len(layout.micro_batches(0))} micro-batches of {layout.micro_batch} rows",
+            f"{train.steps} steps of {train.global_batch_size} x {train.sequence_length} tokens = {tokens:,}",
+        ]
+    )

@@ -1,0 +1,73 @@
+"""A step's metrics: sums gathered in the model and over the ranks, and `metrics.jsonl`, one line a step, the truth."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamella.errors import UserError
+from lamella.parallel.mesh import Mesh
+
+
+class Sums:
+    """Named sums over the micro-batches of a step."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        value = value.detach().double()
+        self.values[name] = self.values[name] + value if name in self.values else value
+
+    def over_ranks(self, mesh: Mesh) -> dict[str, Tensor]:
+        """The sums over the step's rows, on the CPU. All ranks of a tensor group have seen the same rows."""
+        names = sorted(self.values)
+        flat = mesh.sum(torch.cat([self.values[n].reshape(-1) for n in names])) / mesh.layout.tensor
+        pieces = flat.cpu().split([self.values[n].numel() for n in names])
+        return {n: p.view(self.values[n].shape) for n, p in zip(names, pieces, strict=True)}
+
+
+def moe_metrics(sums: dict[str, Tensor], tokens: int, rows: int) -> dict[str, Any]:
+    """Per mixture of experts: share of the slots by expert, share dropped, entropy (nats a token), losses (a row)."""
+    layers = sorted(name.removesuffix("/load") for name in sums if name.endswith("/load"))
+    return {
+        layer: {
+            "load": [round(x, 6) for x in (sums[f"{layer}/load"] / sums[f"{layer}/load"].sum()).tolist()],
+            "dropped": 1 - float(sums[f"{layer}/kept"] / sums[f"{layer}/load"].sum()),
+            "entropy": float(sums[f"{layer}/entropy"]) / tokens,
+            "aux_loss": float(sums[f"{layer}/aux_loss"]) / rows,
+            "z_loss": float(sums[f"{layer}/z_loss"]) / rows,
+        }
+        for layer in layers
+    }
+
+
+class MetricsFile:
+    """Appends one JSON object a step; opened at a step, it forgets what was logged from that step on."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        kept = [line for line in read_metrics(path) if line["step"] < step] if path.exists() else []
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, path)
+        self.file = path.open("a", buffering=1)
+
+    def write(self, values: dict[str, Any]) -> None:
+        self.file.write(json.dumps(values) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line cut off by a kill is left out. Raises UserError on a damaged line."""
+    lines = path.read_text().splitlines()
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise UserError(f"{path}: line {number} is damaged; mend or remove it") from None
+    return found

@@ -1,0 +1,96 @@
+"""What `verify` runs: the model made small with every kind of layer kept, rows that hide nothing, weights that hide nothing.
+
+Rows have very unequal target counts, documents of every length, padding; every parameter is perturbed by name (a zero
+projection or a norm at 1 would hide a fault); jitter and dropout are on.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from lamella.config import ModelConfig, RunConfig, change
+from lamella.data.stream import Batch
+from lamella.model.init import cut, generator
+from lamella.model.stack import plan_layers
+from lamella.nn.shard import Place
+
+ROWS = 16
+LENGTH = 24
+
+
+def shrink_run(run: RunConfig, tensor: int) -> RunConfig:
+    """The run that stands for `run`: small widths, one repeat of each block, and the probe's batch."""
+    return probe_batch(change(run, model=shrink_model(run.model, tensor).model_dump(mode="json")), tensor)
+
+
+def probe_batch(run: RunConfig, tensor: int) -> RunConfig:
+    """The run with the probe's rows a step, a length that `tensor` divides, and fp32."""
+    length = -(-LENGTH // tensor) * tensor
+    train = change(run.train, sequence_length=length, global_batch_size=ROWS, precision="fp32")
+    return change(run, train=train.model_dump(mode="json"))
+
+
+def shrink_model(model: ModelConfig, tensor: int) -> ModelConfig:
+    """Every part at its smallest, every block once: all kinds of layers, in their order."""
+    plans = {plan.name: plan for plan in plan_layers(model)}
+    parts = {}
+    for plan in plans.values():
+        for name, part in zip(plan.name.split("/"), (plan.mixer, plan.channel), strict=True):
+            if part is not None:
+                parts[name] = part.shrink(tensor).model_dump(mode="json")
+    stack = [change(block, repeat=1).model_dump(mode="json") for block in model.stack]
+    d_model = 16 if 16 % tensor == 0 else 4 * tensor
+    return change(
+        model, d_model=d_model, vocab_size=32 * tensor, parts=parts, stack=stack, dropout=model.dropout or 0.1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeRows:
+    """Random tokens in random documents, a pure function of (seed, step, row)."""
+
+    vocab_size: int
+    length: int
+    seed: int
+
+    def batch(self, step: int, rows: range) -> Batch:
+        return Batch(*(torch.stack(t) for t in zip(*(self._row(step, r) for r in rows), strict=True)))
+
+    def target_count(self, step: int) -> int:
+        return sum(int((self._row(step, r)[1] >= 0).sum()) for r in range(ROWS))
+
+    def _row(self, step: int, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Row 0 has a single real token, so that experts go without; every third row is full; the others are between."""
+        g = generator(f"row/{step}/{row}", self.seed)
+        tokens = torch.randint(self.vocab_size, (self.length + 1,), generator=g, dtype=torch.int32)
+        real = 1 if row == 0 else self.length if row % 3 == 0 else int(torch.randint(2, self.length, (), generator=g))
+        starts = torch.rand(self.length, generator=g) < 0.2
+        starts[0] = True
+        if real < self.length:
+            starts[real] = True
+            starts[real + 1 :] = False
+        document = (starts.cumsum(0) - 1).int()
+        start_at = torch.where(starts, torch.arange(self.length), 0).cummax(0).values
+        position = (torch.arange(self.length) - start_at).int()
+        targets = tokens[1:].clone()
+        targets[real:] = -100
+        document[real:] = -1
+        return tokens[:-1], targets, document, position
+
+
+@torch.no_grad()
+def perturb(model: nn.Module, seed: int) -> None:
+    """Matrices normal with std 0.1, well conditioned; the others their initial value plus as much noise."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(cut(_perturbed(name, parameter.place, seed), parameter.place))
+
+
+def _perturbed(name: str, place: Place, seed: int) -> Tensor:
+    noise = 0.1 * torch.randn(place.shape, generator=generator(f"perturb/{name}", seed))
+    return noise if place.decay else noise + place.init(generator(name, seed), place.shape)
+
+
+def given_gradient(name: str, place: Place, step: int) -> Tensor:
+    """This rank's part of a gradient that every layout is given, to compare the optimizer apart from the model."""
+    return cut(torch.randn(place.shape, generator=generator(f"gradient/{step}/{name}", 0)), place)

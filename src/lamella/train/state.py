@@ -1,0 +1,73 @@
+"""What a run is at a step, and its way into a checkpoint and back, under any layout.
+
+Saved are the fp32 masters, both moments, and the step. There is no other state: the data's position is the step (rows are a
+function of seed, data and step), every random draw is a function of seed and step, and so is the learning rate.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lamella.checkpoint import store
+from lamella.checkpoint.boxes import pieces
+from lamella.checkpoint.planner import Pieces
+from lamella.config import RunConfig
+from lamella.errors import UserError
+from lamella.parallel.zero import Zero
+
+FORMAT = 1
+
+
+def tensors(zero: Zero) -> dict[str, Pieces]:
+    """This process's share of `master/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME`, as live views."""
+    names = {parameter: name for name, parameter in zero.engine.module.named_parameters()}
+    found = {}
+    for parameter, start, views in zero.fragments():
+        place = parameter.place
+        for key, view in views.items():
+            held = pieces(view, tuple(parameter.shape), start, place.boxes)
+            found[f"{key}/{names[parameter]}"] = Pieces(place.shape, torch.float32, held, place.owner)
+    return found
+
+
+def save(folder: Path, step: int, zero: Zero, run: RunConfig, data_fingerprint: str) -> Path:
+    """Writes the checkpoint of `step` finished steps; all processes together. Returns its folder."""
+    values = {
+        "format": FORMAT,
+        "step": step,
+        "rows": step * run.train.global_batch_size,
+        "seed": run.train.seed,
+        "data": data_fingerprint,
+        "config": run.model_dump(mode="json"),
+    }
+    path = store.step_folder(folder, step)
+    store.save(path, tensors(zero), values)
+    return path
+
+
+def load(path: Path, zero: Zero) -> int:
+    """Reads a checkpoint into masters, moments and parameters; all processes together. Returns its step."""
+    step = store.read_values(path)["step"]
+    zero.prepare_state(step)
+    store.load(path, tensors(zero))
+    zero.refresh()
+    return step
+
+
+def check_same_run(path: Path, run: RunConfig, data_fingerprint: str) -> dict[str, Any]:
+    """Raises UserError where the checkpoint is of another model, data, batch or seed than `run`. Returns its values."""
+    values = store.read_values(path)
+    if values["format"] != FORMAT:
+        raise UserError(f"{path}: format {values['format']}, this version reads {FORMAT}")
+    saved, now = values["config"], run.model_dump(mode="json")
+    wanted = {key: now["train"][key] for key in ("sequence_length", "global_batch_size", "seed")} | now["model"]
+    had = {key: saved["train"][key] for key in ("sequence_length", "global_batch_size", "seed")} | saved["model"]
+    for key in wanted:
+        if wanted[key] != had.get(key):
+            raise UserError(
+                f"{path}: was trained with another {key} than this run's; give the run another name, or restore it"
+            )
+    if values["data"] != data_fingerprint:
+        raise UserError(f"{path}: was trained on other data than {run.data.path}; restore the data, or name a new run")
+    return values

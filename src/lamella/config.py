@@ -45,7 +45,7 @@ class BlockConfig(Strict):
 
 
 class ModelConfig(Strict):
-    """A stack of layers over named parts (`parts.NAME.mixer: attention`, `parts.NAME.channel: moe`, plus its options)."""
+    """A stack of layers over named parts: `parts.NAME` holds `mixer: attention` or `channel: moe`, and its options."""
 
     d_model: Positive
     vocab_size: Positive  # rows of the embedding; may exceed the tokenizer's pieces

@@ -3,9 +3,10 @@ import math
 
 import pytest
 import torch
-from checkpoint.workers import Part
 
 from lamella.checkpoint.boxes import flat_boxes, pieces
+from lamella.nn.initializers import zeros
+from tests.checkpoint.workers import Part
 
 SHAPES = [(), (7,), (1,), (3, 5), (1, 5), (5, 1), (2, 3, 4), (3, 1, 4), (5, 1, 1), (2, 2, 3, 2)]
 
@@ -37,7 +38,7 @@ def test_flat_boxes_are_the_range_in_order(shape: tuple[int, ...]):
 def test_pieces_lie_where_they_belong(shape, split, segments, limit):
     numbered = torch.arange(math.prod(shape)).view(shape)
     for rank in range(2):
-        parameter = Part(rank, 2).parameter(shape, torch.nn.init.zeros_, split=split, segments=segments)
+        parameter = Part(rank, 2).parameter(shape, zeros, split=split, segments=segments)
         boxes = parameter.place.boxes
         local = torch.empty(parameter.shape, dtype=torch.long)
         for box in boxes:
@@ -58,7 +59,7 @@ def test_pieces_lie_where_they_belong(shape, split, segments, limit):
 
 def test_the_size_cut_is_near_the_limit():
     x = torch.empty(1, 10, 100)
-    boxes = Part(0, 1).parameter(x.shape, torch.nn.init.zeros_).place.boxes
+    boxes = Part(0, 1).parameter(x.shape, zeros).place.boxes
     assert [v.shape for _, v in pieces(x.flatten(), x.shape, 0, boxes, 1200)] == [(1, 3, 100)] * 3 + [(1, 1, 100)]
     assert [v.shape for _, v in pieces(x.flatten(), x.shape, 0, boxes, 399)] == [(1, 1, 99), (1, 1, 1)] * 10
     assert len(pieces(x.flatten(), x.shape, 0, boxes)) == 1

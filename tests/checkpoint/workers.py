@@ -19,6 +19,7 @@ from lamella.checkpoint import files, manifest, store
 from lamella.checkpoint.boxes import pieces
 from lamella.checkpoint.planner import Pieces
 from lamella.errors import UserError
+from lamella.nn.initializers import zeros
 from lamella.nn.shard import Shard, Whole
 
 VALUES = {"step": 100, "rate": 0.1 + 0.2, "seed": 2**63 + 1, "data": {"row": 12, "files": ["a", "ü"]}, "none": None}
@@ -54,7 +55,7 @@ def empty(rank: int, tensor: int, data: int, dtype: torch.dtype = torch.float32,
     """Rank `rank`'s pieces under tensor x data, filled with ones: ZeRO cuts the flat state of a tensor rank evenly."""
     shard = Part(rank % tensor, tensor)
     places = {
-        name: shard.parameter(shape, torch.nn.init.zeros_, split=split, segments=segments)
+        name: shard.parameter(shape, zeros, split=split, segments=segments)
         for name, (shape, split, segments) in TENSORS.items()
     }
     share = -(-sum(p.numel() for p in places.values()) // data)
@@ -101,6 +102,12 @@ def joined() -> Iterator[int]:
     dist.destroy_process_group()
 
 
+def gloo() -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
 def message(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str | None:
     """The UserError or RuntimeError that it raises."""
     try:
@@ -112,13 +119,13 @@ def message(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str | No
 
 def save(path: Path, tensor: int, data: int, dtype: torch.dtype = torch.float32) -> None:
     with joined() as rank:
-        store.save(path, filled(rank, tensor, data, dtype), VALUES, dist.new_group(backend="gloo"))
+        store.save(path, filled(rank, tensor, data, dtype), VALUES, gloo())
 
 
 def load(path: Path, tensor: int, data: int, dtype: torch.dtype = torch.float32) -> tuple[bool, dict[str, Any]]:
     with joined() as rank:
         held = empty(rank, tensor, data, dtype)
-        store.load(path, held, dist.new_group(backend="gloo"))
+        store.load(path, held, gloo())
         return true(held), store.read_values(path)
 
 

@@ -12,7 +12,7 @@ from lamella.train import probe
 def drop_x_proj_sum():
     """Mamba's x_proj keeps each rank's partial sum of dt, B and C."""
     whole = Row.forward
-    Row.forward = lambda self, x: x @ self.weight.t() if self.to == "branch" else whole(self, x)
+    Row.forward = lambda self, x: x @ self.weight.t() if self.into == "branch" else whole(self, x)
 
 
 def draw_dt_bias_from_local_index():

@@ -1,4 +1,4 @@
-"""What a channel mixer is, and how its file is found: `channel: NAME` in a part is `channels/NAME` (a file or a folder)."""
+"""What a channel mixer is, and how it is found: `channel: NAME` in a part is `channels/NAME`, a file or a folder."""
 
 import importlib
 import pkgutil

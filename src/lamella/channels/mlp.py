@@ -54,7 +54,7 @@ def mlp_flops(kind: Activation, d_model: int, d_ff: int, tokens: int) -> Flops:
 class Mlp(Channel):
     def __init__(self, config: Config, d_model: int, shard: Shard):
         super().__init__()
-        self.activation = config.activation
+        self.activation: Activation = config.activation
         self.w_in = Column(shard, d_model, hidden_segments(config.activation, config.d_ff))
         self.w_out = Row(shard, config.d_ff, d_model)
 

@@ -8,7 +8,6 @@ loads a saved piece once for every box that wants part of it; this one loads it 
 import io
 import itertools
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,7 @@ class Writer(FileSystemWriter):
         entries.append(manifest.seal(self.folder / VALUES, self.values_json))
         manifest.write(self.folder, entries)
         manifest.sync(self.folder)
-        os.rename(self.folder, self.final)
+        self.folder.rename(self.final)
         manifest.sync(self.final.parent)
 
 
@@ -93,7 +92,7 @@ class Reader(FileSystemReader):
         places = {index: self.storage_data[index] for index in wanted}
         in_order = sorted(wanted, key=lambda index: (places[index].relative_path, places[index].offset))
         for name, indices in itertools.groupby(in_order, key=lambda index: places[index].relative_path):
-            with open(Path(self.path) / name, "rb") as file:
+            with (Path(self.path) / name).open("rb") as file:
                 for index in indices:
                     saved = _deserialised(file, places[index])
                     for item in wanted[index]:

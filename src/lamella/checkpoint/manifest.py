@@ -63,7 +63,7 @@ def seal(path: Path, data: bytes) -> Entry:
 
 def measure(path: Path) -> Entry:
     """The entry of a file that is there. Raises OSError."""
-    with open(path, "rb") as f:
+    with path.open("rb") as f:
         sha256 = hashlib.file_digest(f, "sha256").hexdigest()
         return Entry(path.name, os.fstat(f.fileno()).st_size, sha256)
 

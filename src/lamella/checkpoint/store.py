@@ -11,6 +11,7 @@ folder by mistake cannot mix, and whatever happens to a save the earlier checkpo
 """
 
 import errno
+import itertools
 import json
 import re
 import shutil
@@ -90,7 +91,7 @@ def load(path: Path, tensors: dict[str, Pieces], group: ProcessGroup | None = No
     rank, ranks = _seat(group)
     damaged = _together(lambda: manifest.damage(path, rank, ranks), path, group)
     if any(damaged):
-        raise UserError(f"{'; '.join(sorted(sum(damaged, [])))}; {manifest.CURE}")
+        raise UserError(f"{'; '.join(sorted(itertools.chain(*damaged)))}; {manifest.CURE}")
     try:
         with _without_dist_warning():
             state_dict_loader.load(

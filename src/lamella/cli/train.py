@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-
 Overrides = Annotated[list[str] | None, typer.Argument(help="a.b=c words, as train.steps=10 or model=NAME")]
 
 
@@ -22,16 +21,14 @@ def train(
     from lamella.config import load_run
 
     config = load_run(run, overrides or [])
+    from lamella.parallel import local, mesh
     from lamella.train import check, loop
 
     if nproc is None and not dry_run:
-        raise typer.Exit(loop.train(config))
-    from lamella.parallel import mesh
+        local.end(loop.train(config))
 
     world = nproc or mesh.find_seat().world
     print(check.describe(config, check.check(config, world)), flush=True)
     if dry_run:
         raise typer.Exit(0)
-    from lamella.parallel.local import exit_code, run_local
-
-    raise typer.Exit(exit_code(run_local(world, loop.enter, config, forward_signals=True)))
+    raise typer.Exit(local.exit_code(local.run_local(world, loop.enter, config, forward_signals=True)))

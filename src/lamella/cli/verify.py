@@ -21,7 +21,8 @@ def verify(
     full: Annotated[bool, typer.Option("--full", help="the model as it is, not shrunk; it must fit")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="a machine-readable report")] = False,
 ) -> None:
-    """Compare losses, gradients, weights and optimizer state of a layout with one process's, with 1 and 4 micro-batches.
+    """Compare losses, gradients, weights and optimizer state of a layout with one process's, with 1 and 4 micro-
+    batches.
 
     Exit codes: 0 equal, 1 not, 2 the input is wrong.
     """
@@ -51,8 +52,8 @@ def _introduce(reference, full: bool) -> None:
     kept = "whole" if full else "shrunk, every kind of layer kept"
     print(f"model ({kept}): d_model {model.d_model}, vocabulary {model.vocab_size}, layers {' '.join(layers)}")
     print(
-        f"steps of {train.global_batch_size} rows x {train.sequence_length}, dropout {model.dropout}; after the first step"
-        f" the weights moved by another {100 * reference.moved():.1f}%"
+        f"steps of {train.global_batch_size} rows x {train.sequence_length}, dropout {model.dropout}; after the first"
+        f" step the weights moved by another {100 * reference.moved():.1f}%"
     )
     for line in reference.skipped:
         print(line + "; another seed taken")

@@ -2,12 +2,14 @@
 
     y_t = sum_s softmax_s(q_t . k_s / sqrt(K)) v_s        over s <= t of t's document (and s > t - window)
 
-Each document is attended by itself, so the cost is the sum of squared document lengths (or length x window), and no mask
-over the row is ever made. Grouped queries: Ainslie et al. 2023 (arXiv 2305.13245). QK-norm: Henry et al. 2020 (2010.04245).
+Each document is attended by itself, so the cost is the sum of squared document lengths (or length x window), and no
+mask over the row is ever made. Grouped queries: Ainslie et al. 2023 (arXiv 2305.13245). QK-norm: Henry et al. 2020
+(2010.04245).
 
 Shapes: B batch, T time, D model width, H query heads, G key-value heads, K head size, L tokens of one document.
 """
 
+import itertools
 from typing import Annotated, Literal
 
 import torch
@@ -43,7 +45,7 @@ class Config(MixerConfig):
         if heads % groups:
             raise UserError(f"attention: num_heads={heads} is not a multiple of num_kv_heads={groups}")
         if self.head_dim is None and d_model % heads:
-            raise UserError(f"attention: d_model={d_model} does not divide by num_heads={heads}; set head_dim or change one")
+            raise UserError(f"attention: d_model={d_model} does not divide by num_heads={heads}; set head_dim")
         size = self.head_dim or d_model // heads
         if self.rope_theta is not None and size % 2:
             raise UserError(f"attention: rotary positions need an even head_dim, got {size}")
@@ -104,16 +106,17 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | N
 
 
 def _continued(q: Tensor, k: Tensor, v: Tensor, rows: Rows, window: int | None, state: State) -> Tensor:
-    """The same, where each row's first tokens continue the document of the last call. The state keeps its keys, values."""
-    past, out, kept = state.get("kv", [(k.new_empty(0, *k.shape[2:]), v.new_empty(0, *v.shape[2:]))] * len(q)), [], []
+    """The same, where each row's first tokens continue the document of the last call; the state keeps its keys."""
+    nothing = (k.new_empty(0, *k.shape[2:]), v.new_empty(0, *v.shape[2:]))
+    past, out, kept = state.get("kv", [nothing] * len(q)), [], []
     for b in range(len(q)):
         starts = rows.reset_BT[b].nonzero().flatten().tolist()
         cuts = [0, *(s for s in starts if s), q.shape[1]]
-        k_old, v_old = past[b] if 0 not in starts else (k.new_empty(0, *k.shape[2:]), v.new_empty(0, *v.shape[2:]))
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        k_old, v_old = past[b] if 0 not in starts else nothing
+        for start, stop in itertools.pairwise(cuts):
             k_LGK, v_LGK = torch.cat([k_old, k[b, start:stop]]), torch.cat([v_old, v[b, start:stop]])
             out.append(attend(q[b, start:stop], k_LGK, v_LGK, window=window))
-            k_old, v_old = k.new_empty(0, *k.shape[2:]), v.new_empty(0, *v.shape[2:])
+            k_old, v_old = nothing
         keep = len(k_LGK) if window is None else min(window - 1, len(k_LGK))
         kept.append((k_LGK[len(k_LGK) - keep :], v_LGK[len(v_LGK) - keep :]))
     state["kv"] = kept
@@ -121,7 +124,7 @@ def _continued(q: Tensor, k: Tensor, v: Tensor, rows: Rows, window: int | None, 
 
 
 def attend(q_LHK: Tensor, k_SGK: Tensor, v_SGK: Tensor, *, window: int | None = None) -> Tensor:
-    """Causal attention of the last L tokens of a document to its S >= L tokens (of which keys are kept). Returns [L, H, K]."""
+    """Causal attention of the last L tokens of a document to all its S >= L kept tokens. Returns [L, H, K]."""
     new, all_ = q_LHK.shape[0], k_SGK.shape[0]
     repeat = q_LHK.shape[1] // k_SGK.shape[1]
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q_LHK, k_SGK, v_SGK))  # [1, heads, tokens, K]
@@ -145,11 +148,11 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     left, right = window - min(old, window), blocks * window - new
     k, v = (F.pad(t[:, :, max(0, old - window) :], (0, 0, left, right)) for t in (k, v))
     q = F.pad(q, (0, 0, 0, right)).view(heads, blocks, window, size)
-    k, v = (
-        torch.cat([t[:, :, :-window].view(heads, blocks, window, size), t[:, :, window:].view(heads, blocks, window, size)], 2)
-        for t in (k, v)
-    )
+    shape = (heads, blocks, window, size)
+    k, v = (torch.cat([t[:, :, :-window].view(shape), t[:, :, window:].view(shape)], dim=2) for t in (k, v))
     i, j = torch.arange(window, device=q.device)[:, None], torch.arange(2 * window, device=q.device)[None, :]
     mask = ((j > i) & (j <= i + window)).repeat(blocks, 1, 1)
     mask[0] &= j >= left  # the first block has no more keys before it than are kept
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(1, heads, -1, size)[:, :, :new]
+    # Four dims: with three torch would take its plain path, which keeps every head's scores for backward.
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(0))
+    return y.reshape(1, heads, -1, size)[:, :, :new]

@@ -1,8 +1,8 @@
 """What a sequence mixer is, and how its file is found.
 
-`mixer: NAME` in a part is the file `mixers/NAME.py`. The file holds the mixer whole: its mathematics, parameters, sharding,
-initial values, state for step-by-step use, FLOPs, and the model of its options, a `Config` whose `build` makes the module.
-Adding a mixer is adding that file.
+`mixer: NAME` in a part is the file `mixers/NAME.py`. The file holds the mixer whole: its mathematics, parameters,
+sharding, initial values, state for step-by-step use, FLOPs, and the model of its options, a `Config` whose `build`
+makes the module. Adding a mixer is adding that file.
 
 Shapes: B batch, T time, D model width, H heads, K head size, I inner channels, N state, R rank.
 """

@@ -59,7 +59,7 @@ class Mamba(Mixer):
         self.shard, self.sizes = shard, (rank, n, n)
         self.in_proj = Column(shard, d_model, (inner, inner))
         self.conv = CausalConv1d(shard, inner, config.d_conv)
-        self.x_proj = Row(shard, inner, rank + 2 * n, to="branch")
+        self.x_proj = Row(shard, inner, rank + 2 * n, into="branch")
         self.dt_norm = RMSNorm(shard, rank, norm_eps, "copied") if config.norms else None
         self.B_norm = RMSNorm(shard, n, norm_eps, "copied") if config.norms else None
         self.C_norm = RMSNorm(shard, n, norm_eps, "copied") if config.norms else None

@@ -9,6 +9,7 @@ from lamella.config import ModelConfig
 from lamella.model.lm import LanguageModel
 from lamella.model.stack import plan_layers
 from lamella.nn.flops import Flops
+from lamella.nn.shard import placed_parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Count:
 def count(config: ModelConfig, length: int) -> Count:
     """Counts for rows that are one document of `length` tokens. Raises UserError where the configuration is wrong."""
     with torch.device("meta"):
-        places = [p.place for p in LanguageModel(config).parameters()]
+        places = [p.place for _, p in placed_parameters(LanguageModel(config))]
     forward = Flops(matmul=2 * length * config.d_model * config.vocab_size)  # the head
     for plan in plan_layers(config):
         for part in (plan.mixer, plan.channel):

@@ -5,7 +5,7 @@ import hashlib
 import torch
 from torch import Generator, Tensor, nn
 
-from lamella.nn.shard import Place
+from lamella.nn.shard import Place, placed_parameters
 
 
 def generator(name: str, seed: int) -> Generator:
@@ -31,5 +31,5 @@ def cut(whole: Tensor, place: Place) -> Tensor:
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int) -> None:
     """Fills every parameter of the model."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in placed_parameters(model):
         parameter.copy_(draw_local(name, parameter.place, seed))

@@ -53,6 +53,6 @@ def _layer(index: int, word: str, parts: dict[str, MixerConfig | ChannelConfig])
         if name != "-" and not isinstance(part, kind):
             what = "mixer" if kind is MixerConfig else "channel"
             fit = [n for n, p in parts.items() if isinstance(p, kind)]
-            raise UserError(f"model.stack: {word!r}: {name} is no {what} of model.parts; there is {', '.join(fit) or '-'}")
+            raise UserError(f"model.stack: {word!r}: {name} is no {what} of the parts; there is {', '.join(fit)}")
         found.append(part)
     return LayerPlan(index, word, *found)

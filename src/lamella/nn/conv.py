@@ -9,7 +9,7 @@ from lamella_kernels.causal_conv1d import causal_conv1d
 
 
 class CausalConv1d(nn.Module):
-    """silu(conv(x) + b) over the documents of the rows; channels split over the ranks. Weight [I, K], its last tap is now."""
+    """silu(conv(x) + b) over the documents of the rows; channels split over the ranks. Weight [I, K], last tap now."""
 
     def __init__(self, shard: Shard, channels: int, width: int):
         super().__init__()
@@ -18,16 +18,16 @@ class CausalConv1d(nn.Module):
         self.bias = shard.parameter((channels,), init, split=0)
 
     def forward(self, x_BTI: Tensor, rows: Rows, state: dict[str, Tensor] | None = None) -> Tensor:
-        keep = state is not None
-        y = causal_conv1d(
+        past = None if state is None else state.get("conv")
+        y_BTI, last = causal_conv1d(
             x_BTI,
             self.weight,
             self.bias,
             activation="silu",
             position_BT=rows.position_BT,
-            initial_state_BKI=state.get("conv") if keep else None,
-            return_state=keep,
+            initial_state_BKI=past,
+            return_state=True,
         )
-        if keep:
-            y, state["conv"] = y
-        return y
+        if state is not None:
+            state["conv"] = last
+        return y_BTI

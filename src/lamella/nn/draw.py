@@ -1,7 +1,7 @@
 """Random numbers as a pure function of where they are used: (seed, step, row, position, place in the model, channel).
 
-No generator, no state, no order of calls: every layout, micro-batch and resumed run draws the same numbers. The bits come
-from the 64-bit finaliser of MurmurHash3 (Appleby, public domain) over a counter, keyed by seed, step and place.
+No generator, no state, no order of calls: every layout, micro-batch and resumed run draws the same numbers. The bits
+come from the 64-bit finaliser of MurmurHash3 (Appleby, public domain) over a counter, keyed by seed, step and place.
 """
 
 import dataclasses

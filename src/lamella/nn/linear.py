@@ -48,7 +48,8 @@ class Column(nn.Module):
 class Row(nn.Module):
     """y = x W^T + b with W's columns split over the ranks: x is this rank's share, y the sum over the ranks.
 
-    `to="stream"` leaves the branch; `"branch"` sums inside it (replicated there); `"partial"` leaves the sum to the caller.
+    `into="stream"` leaves the branch; `"branch"` sums inside it (replicated there); `"partial"` leaves the sum to the
+    caller.
     """
 
     def __init__(
@@ -58,20 +59,20 @@ class Row(nn.Module):
         d_out: int,
         *,
         bias: bool = False,
-        to: Literal["stream", "branch", "partial"] = "stream",
+        into: Literal["stream", "branch", "partial"] = "stream",
     ):
         super().__init__()
-        assert not bias or to == "stream"
-        self.shard, self.to = shard, to
-        init = shard.normal if to == "branch" else shard.residual_normal
+        assert not bias or into == "stream"
+        self.shard, self.into = shard, into
+        init = shard.normal if into == "branch" else shard.residual_normal
         self.weight = shard.parameter((d_out, d_in), init, split=1, decay=True)
         self.bias = shard.parameter((d_out,), zeros) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight.to(x.dtype))
-        if self.to == "partial":
+        if self.into == "partial":
             return y
-        if self.to == "branch":
+        if self.into == "branch":
             return self.shard.sum(y)
         y = self.shard.leave(y)
         return y if self.bias is None else y + self.shard.shared(self.bias, "stream").to(y.dtype)

@@ -18,7 +18,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, shard: Shard, width: int, eps: float, where: Literal["stream", "branch", "copied"] = "stream"):
         super().__init__()
-        self.shard, self.eps, self.where = shard, eps, where
+        self.shard, self.eps = shard, eps
+        self.where: Literal["stream", "branch", "copied"] = where
         self.weight = shard.parameter((width,), ones)
 
     def forward(self, x: Tensor) -> Tensor:

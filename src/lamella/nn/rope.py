@@ -3,15 +3,18 @@
 import torch
 from torch import Tensor
 
+from lamella.nn.shard import wide
+
 
 def rotary(position_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, T, 1, head_dim / 2] in fp32 of the angles position * theta^(-2i / head_dim)."""
+    """cos and sin [B, T, 1, head_dim / 2] in fp64 of the angles position * theta^(-2i / head_dim)."""
     i = torch.arange(0, head_dim, 2, device=position_BT.device, dtype=torch.float64)
     angle = position_BT[..., None, None].double() * theta ** (-i / head_dim)
-    return angle.cos().float(), angle.sin().float()
+    return angle.cos(), angle.sin()
 
 
 def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Each pair (x_i, x_{i + K/2}) turned by its angle."""
-    a, b = x_BTHK.to(torch.promote_types(x_BTHK.dtype, cos.dtype)).chunk(2, dim=-1)
+    """Each pair (x_i, x_{i + K/2}) turned by its angle, in fp32 (fp64 where x is)."""
+    a, b = wide(x_BTHK).chunk(2, dim=-1)
+    cos, sin = cos.to(a.dtype), sin.to(a.dtype)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_BTHK.dtype)

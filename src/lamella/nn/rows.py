@@ -12,11 +12,12 @@ from lamella.nn.draw import Draw
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Some packed rows. `document_BT`: index of the document inside the row, -1 on padding; `position_BT`: index inside it.
+    """Some packed rows. `document_BT`: index of the document inside the row, -1 on padding; `position_BT`: index
+    inside it.
 
-    A position of 0 starts a document anew; a row whose first position is above 0 continues the document of the state it is
-    given. `draw` is None outside training (no jitter, no dropout). `loss_scale` is what one row's auxiliary loss weighs in
-    the loss that is differentiated. `record(name, value)` adds up sums for the step's metrics.
+    A position of 0 starts a document anew; a row whose first position is above 0 continues the document of the state
+    it is given. `draw` is None outside training (no jitter, no dropout). `loss_scale` is what one row's auxiliary loss
+    weighs in the loss that is differentiated. `record(name, value)` adds up sums for the step's metrics.
     """
 
     document_BT: Tensor

@@ -1,7 +1,7 @@
 """The seam between mathematics and layout: every mixer and channel mixer builds its parameters through a `Shard`.
 
-A `Shard` stands for one rank of a tensor group. `Whole`, below, is the group of one; `parallel/tensor.py` has the one that
-communicates. Parts never import torch.distributed and never learn which one they were given.
+A `Shard` stands for one rank of a tensor group. `Whole`, below, is the group of one; `parallel/tensor.py` has the one
+that communicates. Parts never import torch.distributed and never learn which one they were given.
 
 The **stream** is the residual between branches; under sequence parallelism a rank holds a slice of its time. Inside a
 **branch**, between `enter` and `leave`, every rank sees whole rows and its own share of the channels. So in backward
@@ -15,8 +15,8 @@ Each parameter carries its `Place`: the shape of the whole tensor and the boxes 
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from lamella.nn.initializers import Initializer, normal
 
 @dataclasses.dataclass(frozen=True)
 class Box:
-    """The block `size` at `local` of this rank's tensor is the block of the same size at `whole` of the global tensor."""
+    """The block `size` at `local` of this rank's tensor is the block of that size at `whole` of the global tensor."""
 
     local: tuple[int, ...]
     size: tuple[int, ...]
@@ -60,6 +60,13 @@ class Parameter(nn.Parameter):
     """An nn.Parameter with a `place`."""
 
     place: Place
+    _hp_mapping: Any  # where DeepSpeed keeps its fp32 master; read by parallel/zero.py alone
+    tensor_model_parallel: bool  # DeepSpeed's and megatron's word for "not replicated"
+
+
+def placed_parameters(module: nn.Module) -> Iterator[tuple[str, Parameter]]:
+    """The module's parameters by their global names, each with its place."""
+    return module.named_parameters()  # type: ignore[return-value]
 
 
 class Shard(ABC):
@@ -68,7 +75,7 @@ class Shard(ABC):
     def __init__(self, rank: int, size: int, dtype: torch.dtype, init_std: float, num_layers: int):
         self.rank, self.size, self.dtype = rank, size, dtype
         self.normal = normal(init_std)
-        self.residual_normal = normal(init_std / (2 * num_layers) ** 0.5)  # what adds to the stream (Radford et al. 2019)
+        self.residual_normal = normal(init_std / (2 * num_layers) ** 0.5)  # adds to the stream (Radford et al. 2019)
 
     def parameter(
         self,
@@ -82,8 +89,8 @@ class Shard(ABC):
     ) -> Parameter:
         """This rank's part of a parameter of `shape`: all of it, or its share of dim `split`.
 
-        A fused dim is cut segment by segment (`segments` sum to its length), so that every rank holds its share of each.
-        Raises UserError where a segment does not divide by the tensor size.
+        A fused dim is cut segment by segment (`segments` sum to its length), so that every rank holds its share of
+        each. Raises UserError where a segment does not divide by the tensor size.
         """
         shape = tuple(shape)
         if split is None:

@@ -36,7 +36,7 @@ class Layout:
 
 
 def resolve(run: RunConfig, world: int) -> Layout:
-    """The layout of `run` on `world` processes. Raises UserError where it fits neither them, the batch nor the model."""
+    """The layout of `run` on `world` processes. Raises UserError where it does not fit them, the batch or the model."""
     wanted, train = run.layout, run.train
     if wanted.data is None and world % wanted.tensor:
         raise UserError(
@@ -52,8 +52,8 @@ def resolve(run: RunConfig, world: int) -> Layout:
     if train.global_batch_size % at_once:
         near = max(1, round(train.global_batch_size / at_once)) * at_once
         raise UserError(
-            f"train.global_batch_size={train.global_batch_size} cannot be dealt to data={data} ranks in micro-batches of"
-            f" {wanted.micro_batch} rows; the nearest that can is {near}"
+            f"train.global_batch_size={train.global_batch_size} cannot be dealt to data={data} ranks in micro-batches"
+            f" of {wanted.micro_batch} rows; the nearest that can is {near}"
         )
     if wanted.sequence_parallel and train.sequence_length % wanted.tensor:
         near = max(1, round(train.sequence_length / wanted.tensor)) * wanted.tensor
@@ -63,13 +63,17 @@ def resolve(run: RunConfig, world: int) -> Layout:
         )
     check_model(run.model, wanted.tensor)
     return Layout(
-        wanted.tensor, data, wanted.sequence_parallel and wanted.tensor > 1, wanted.zero, wanted.micro_batch,
+        wanted.tensor,
+        data,
+        wanted.sequence_parallel and wanted.tensor > 1,
+        wanted.zero,
+        wanted.micro_batch,
         train.global_batch_size,
     )
 
 
 def check_model(model: ModelConfig, tensor: int) -> None:
-    """Lays the model out on the meta device as one rank of `tensor` would. Raises UserError where a size does not divide."""
+    """Lays the model out, on the meta device, as one of `tensor` ranks. Raises UserError where they do not divide."""
     shard = Whole()
     shard.size = tensor
     with torch.device("meta"):

@@ -1,7 +1,7 @@
 """Starts some processes of this machine that run one function together, and waits for them.
 
-They are forked from a server that has imported the heavy libraries once and run nothing, so a process starts in well under
-a second and inherits no state. When one ends badly the others are ended, by pid.
+They are forked from a server that has imported the heavy libraries once and run nothing, so a process starts in well
+under a second and inherits no state. When one ends badly the others are ended, by pid.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, NoReturn
 
 from lamella.errors import EXIT_FAULT, EXIT_REQUEUE, EXIT_USER, UserError
 
@@ -36,9 +36,10 @@ def run_local(
 ) -> list[Outcome]:
     """Runs `function(*args)` in `nproc` processes with the environment that torchrun would give them.
 
-    The function must be importable by name. A return value and a UserError come back through a pipe (the error is raised
-    here); any other exception prints its traceback and exits 1, SystemExit exits with its code. With `forward_signals`
-    SIGTERM and SIGINT go to the processes instead of this one. After `timeout` seconds all are killed.
+    The function must be importable by name. A return value and a UserError come back through a pipe (the error is
+    raised here); any other exception prints its traceback and exits 1, SystemExit exits with its code. With
+    `forward_signals` SIGTERM and SIGINT go to the processes instead of this one. After `timeout` seconds all are
+    killed.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -68,6 +69,13 @@ def exit_code(outcomes: list[Outcome]) -> int:
     """One exit code for all: a fault before a requeue before success."""
     codes = {o.code for o in outcomes}
     return EXIT_FAULT if codes - {0, EXIT_REQUEUE} else max(codes)
+
+
+def end(code: int) -> NoReturn:
+    """Ends this process without running destructors: those of process groups wait for peers that may be gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def free_port() -> int:
@@ -139,6 +147,4 @@ def _main(pipe: Connection, environment: dict[str, str], function: Callable[...,
     except BaseException:
         traceback.print_exc()
         code = EXIT_FAULT
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # a process whose peers died must not wait for them in a destructor
+    end(code)

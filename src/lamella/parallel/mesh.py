@@ -57,14 +57,14 @@ class Mesh:
 
 
 def find_seat() -> Seat:
-    """Reads what the launcher set; a process started by hand is a world of one. Raises UserError if part of it is missing."""
+    """Reads what the launcher set; a process started by hand is a world of one. Raises UserError if some is missing."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     found = {name: os.environ[name] for name in names if name in os.environ}
     if not found:
         return Seat(0, 1, 0, 1)
     missing = [name for name in names if name not in found]
     if missing:
-        raise UserError(f"the launcher set {', '.join(found)} but not {', '.join(missing)}; start with torchrun or --nproc")
+        raise UserError(f"the launcher set {', '.join(found)} but not {', '.join(missing)}; use torchrun or --nproc")
     return Seat(*(int(found[name]) for name in names[:4]))
 
 
@@ -79,7 +79,7 @@ def join(seat: Seat, layout: Layout, timeout: float = 1800) -> Mesh:
         torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
         torch.backends.cudnn.allow_tf32 = False
     else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // seat.local_world))
+        torch.set_num_threads(_threads(seat))
     if seat.world == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")
@@ -93,14 +93,20 @@ def join(seat: Seat, layout: Layout, timeout: float = 1800) -> Mesh:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor, create_gloo_process_groups=False
     )
-    return Mesh(
-        seat, layout, device, parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
-    )
+    tensor, data = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
+    assert isinstance(tensor, ProcessGroup) and isinstance(data, ProcessGroup)
+    return Mesh(seat, layout, device, tensor, data)
+
+
+def _threads(seat: Seat) -> int:
+    """The user's OMP_NUM_THREADS, else a share of the cores: threads that outnumber them wait for each other."""
+    return int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, (os.cpu_count() or 1) // seat.local_world)
 
 
 def leave() -> None:
-    """Destroys every process group, so that the interpreter can end quietly."""
+    """Waits for all, and destroys every process group."""
     from megatron.core import parallel_state
 
+    dist.barrier()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

@@ -1,8 +1,8 @@
 """The seam's Megatron implementation (Shoeybi et al. 2019, arXiv 1909.08053; sequence parallelism: 2205.05198).
 
 On megatron-core's fused linear, sequence mappings and vocabulary-parallel cross entropy. Its sequence mappings work on
-dim 0, so the stream travels as [T, B, D] there and is [B, T, D] everywhere else. `copy` and `sum` are our own: megatron's
-reduce in place what is contiguous and silently nothing where it is not.
+dim 0, so the stream travels as [T, B, D] there and is [B, T, D] everywhere else. `copy` and `sum` are our own:
+megatron's reduce in place what is contiguous and silently nothing where it is not.
 """
 
 from typing import Literal

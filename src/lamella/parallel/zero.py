@@ -1,7 +1,8 @@
-"""DeepSpeed's ZeRO engine, and the only file that knows its internals (names of 0.19.8: pinned, held by round-trip tests).
+"""DeepSpeed's ZeRO engine, and the only file that knows its internals (names of 0.19.8: pinned, held by round-trip
+tests).
 
-The caller runs backward itself; `step` finishes what hooks of a managed backward would, then lets the engine reduce over
-the data group, clip, and update its share of the fp32 masters.
+The caller runs backward itself; `step` finishes what hooks of a managed backward would, then lets the engine reduce
+over the data group, clip, and update its share of the fp32 masters.
 """
 
 import warnings
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lamella.nn.shard import Parameter, placed_parameters
 from lamella.parallel.mesh import Mesh
 
 REDUCE_BUCKET = 50_000_000  # elements
@@ -24,16 +26,18 @@ class Zero:
     def __init__(self, model: nn.Module, optimizer: Optimizer, clip_norm: float, mesh: Mesh):
         import deepspeed
 
-        for parameter in model.parameters():
+        self.model = model
+        for _, parameter in placed_parameters(model):
             parameter.tensor_model_parallel = not parameter.place.replicated  # the norm counts replicas once
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # DeepSpeed's own deprecations
-            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            parts: Any = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=_settings(clip_norm, mesh), mpu=_Groups(mesh)
             )
+        self.engine, self.optimizer = parts[:2]
 
     def step(self, lr: float) -> float:
-        """Sums the gradients over the data group, averaged, clips, updates. Returns the gradient's norm before clipping."""
+        """Averages the gradients over the data group, clips, updates. Returns the gradient's norm before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.setup_buckets()
@@ -41,20 +45,21 @@ class Zero:
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
-    def fragments(self) -> Iterator[tuple[nn.Parameter, int, dict[str, Tensor]]]:
-        """What this process keeps of each parameter: the start in the flattened parameter, and 1-d live views.
+    def fragments(self) -> Iterator[tuple[str, Parameter, int, dict[str, Tensor]]]:
+        """What this process keeps of each parameter: name, parameter, start in it flattened, and 1-d live views.
 
         The views are `master` and the optimizer's own (`exp_avg`, `exp_avg_sq`); their length is the fragment's.
         """
         inner = self.optimizer.optimizer
-        for parameter in self.engine.module.parameters():
+        for name, parameter in placed_parameters(self.model):
             mapping = parameter._hp_mapping
             if mapping is None:
                 continue
             flat = inner.param_groups[mapping.param_group_index]["params"][0]
-            at, n = mapping.hp_fragment_address.start, mapping.lp_fragment_address.numel
+            start, at = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
             kept = {"master": flat} | {k: t for k, t in inner.state[flat].items() if torch.is_tensor(t) and t.dim()}
-            yield parameter, mapping.lp_fragment_address.start, {k: t.detach().narrow(0, at, n) for k, t in kept.items()}
+            n = mapping.lp_fragment_address.numel
+            yield name, parameter, start, {k: t.detach().narrow(0, at, n) for k, t in kept.items()}
 
     def prepare_state(self, step: int, keys: tuple[str, ...] = ("exp_avg", "exp_avg_sq")) -> None:
         """Gives a fresh optimizer its state (zeros) and its step count, for a checkpoint to be read into."""

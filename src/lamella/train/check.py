@@ -9,11 +9,12 @@ from lamella.train.folder import open_folder
 
 
 def check(run: RunConfig, world: int) -> Layout:
-    """Layout, model, data, tokenizer and folder against each other. Raises UserError for the first that does not fit."""
+    """Layout, model, data, tokenizer and folder, against each other. Raises UserError for the first that fails."""
     layout = resolve(run, world)
     train = run.train
-    if train.schedule.kind == "wsd" and not 0 < train.schedule.decay_steps <= train.steps:
-        raise UserError(f"train.schedule.decay_steps={train.schedule.decay_steps} must lie in 1..train.steps={train.steps}")
+    decay = train.schedule.decay_steps
+    if train.schedule.kind == "wsd" and not 0 < decay <= train.steps:
+        raise UserError(f"train.schedule.decay_steps={decay} must lie in 1..train.steps={train.steps}")
     data = TrainRows(run.data, train.sequence_length, train.global_batch_size, train.seed)
     HeldoutRows(run.data, train.sequence_length)
     if data.vocab_size > run.model.vocab_size:

@@ -17,7 +17,8 @@ def open_folder(run: RunConfig) -> Path:
             pass
     except (FileExistsError, NotADirectoryError):
         taken = next(p for p in (folder / "checkpoints", folder, *folder.parents) if p.exists())
-        raise UserError(f"{taken} is a file, the run's folder should be there; move it, or set name= or runs=") from None
+        raise UserError(f"{taken} is a file where the run's folder should be; move it, or set name= or runs=") from None
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({os.strerror(error.errno or 0)}); set runs= to another place") from None
+        why = os.strerror(error.errno or 0)
+        raise UserError(f"{folder}: cannot be written ({why}); set runs= to another place") from None
     return folder

@@ -39,14 +39,14 @@ class Run:
         self.saved = self.step
         self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.step) if mesh.first else None
 
-    def train_step(self, stop: bool) -> bool:
-        """One step, logged. Returns whether any process was asked to stop."""
+    def train_step(self, asked: list[int]) -> bool:
+        """One step, logged. Returns whether any process was asked to stop, the same on all."""
         train, started = self.config.train, time.perf_counter()
         lr = learning_rate(self.step, train.steps, train.optimizer.lr, train.schedule)
         sums = Sums()
         sums.add("nats", accumulate_gradients(self.model, self.data, self.mesh, self.step, train.seed, sums))
         grad_norm = self.zero.step(lr)
-        sums.add("stop", self.model.norm.weight.new_tensor(float(stop)))
+        sums.add("stop", self.model.norm.weight.new_tensor(float(bool(asked))))
         total = sums.over_ranks(self.mesh)
         tokens = self.data.target_count(self.step)
         line = {
@@ -103,7 +103,7 @@ def train(config: RunConfig) -> int:
         print(f"{config.name}: from step {run.step} of {config.train.steps}, in {run.folder}", flush=True)
     stopped = False
     while run.step < config.train.steps and not stopped:
-        stopped = run.train_step(bool(asked))
+        stopped = run.train_step(asked)
         if stopped or run.step % config.train.checkpoint.every == 0 or run.step == config.train.steps:
             run.save()
     meshes.leave()

@@ -1,4 +1,4 @@
-"""The loss: a sum over target tokens, divided by the whole step's count of them, never by a rank's or a micro-batch's."""
+"""The loss: a sum over target tokens, divided by the step's count of them, never by a rank's or a micro-batch's."""
 
 import torch
 from torch import Tensor

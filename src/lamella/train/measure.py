@@ -4,10 +4,11 @@ The same code runs the layout in question and the single process it is compared 
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD
 
 from lamella.channels.base import Channel
@@ -16,7 +17,7 @@ from lamella.config import LayoutConfig, RunConfig
 from lamella.mixers.base import Mixer
 from lamella.model.lm import LanguageModel
 from lamella.nn.rows import Rows
-from lamella.nn.shard import Box
+from lamella.nn.shard import Box, placed_parameters
 from lamella.parallel import mesh as meshes
 from lamella.parallel.apply import build_model, make_shard
 from lamella.parallel.layout import resolve
@@ -88,7 +89,7 @@ def measure(
 
 
 def _part(model: LanguageModel) -> Part:
-    places = {n: p.place for n, p in model.named_parameters()}
+    places = {n: p.place for n, p in placed_parameters(model)}
     return Part({n: p.shape for n, p in places.items()}, {n: p.boxes for n, p in places.items()})
 
 
@@ -130,13 +131,12 @@ def _adam(run: RunConfig, mesh: Mesh, seed: int) -> list[tuple[str, int, Tensor]
     optimizer = run.train.optimizer
     zero = Zero(model, make_optimizer(model, optimizer), optimizer.clip_norm, mesh)
     for step in range(2):
-        for name, parameter in model.named_parameters():
+        for name, parameter in placed_parameters(model):
             parameter.grad = given_gradient(name, parameter.place, step).to(mesh.device)
         zero.step(optimizer.lr)
-    names = {p: n for n, p in model.named_parameters()}
     return [
-        (f"{key}/{names[parameter]}", start, view.cpu().clone())
-        for parameter, start, views in zero.fragments()
+        (f"{key}/{name}", start, view.cpu().clone())
+        for name, _, start, views in zero.fragments()
         for key, view in views.items()
     ]
 
@@ -148,14 +148,14 @@ class Outputs:
         self.sums: dict[str, Tensor] = {}
         for name, module in model.named_modules():
             if isinstance(module, (Mixer, Channel)):
-                module.register_forward_hook(lambda _, __, y, name=name: self._add(name, y))
+                module.register_forward_hook(functools.partial(self._add, name))
 
-    def _add(self, name: str, y: Tensor) -> None:
+    def _add(self, name: str, module: nn.Module, inputs: Any, y: Tensor) -> None:
         square = y.detach().double().square().sum()
         self.sums[name] = self.sums[name] + square if name in self.sums else square
 
     def take(self, mesh: Mesh) -> dict[str, float]:
-        """The sums over all rows since the last call. Without sequence parallelism a tensor group's outputs are replicas."""
+        """The sums over all rows since the last call. A tensor group holds replicas, unless split over time."""
         replicas = 1 if mesh.layout.sequence_parallel else mesh.layout.tensor
         total = mesh.sum(torch.stack(list(self.sums.values()))) / replicas
         found = dict(zip(self.sums, total.tolist(), strict=True))

@@ -1,7 +1,6 @@
 """A step's metrics: sums gathered in the model and over the ranks, and `metrics.jsonl`, one line a step, the truth."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ class MetricsFile:
         kept = [line for line in read_metrics(path) if line["step"] < step] if path.exists() else []
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
+        temporary.replace(path)
         self.file = path.open("a", buffering=1)
 
     def write(self, values: dict[str, Any]) -> None:

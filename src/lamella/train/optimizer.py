@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with the right set without decay, and the learning rate of a step."""
+"""AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with the right set undecayed, and the learning rate of a step."""
 
 import math
 
@@ -7,12 +7,13 @@ from torch import nn
 from torch.optim import AdamW
 
 from lamella.config import OptimizerConfig, ScheduleConfig
+from lamella.nn.shard import placed_parameters
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Matrices decay; norms, biases, A_log, D and other vectors do not (each parameter's place says so)."""
-    decayed = [p for p in model.parameters() if p.place.decay]
-    others = [p for p in model.parameters() if not p.place.decay]
+    decayed = [p for _, p in placed_parameters(model) if p.place.decay]
+    others = [p for _, p in placed_parameters(model) if not p.place.decay]
     return [
         {"params": decayed, "weight_decay": weight_decay, "name": "decay"},
         {"params": others, "weight_decay": 0.0, "name": "no_decay"},
@@ -25,7 +26,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
-    """The rate of step 0, 1, ... of `steps`: linear warm-up to `peak`, then the schedule's course down to its minimum."""
+    """The rate of step 0, 1, ... of `steps`: linear warm-up to `peak`, then the schedule's course to its minimum."""
     low = peak * schedule.min_lr_ratio
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps

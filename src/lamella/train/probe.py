@@ -1,4 +1,5 @@
-"""What `verify` runs: the model made small with every kind of layer kept, rows that hide nothing, weights that hide nothing.
+"""What `verify` runs: the model made small with every kind of layer kept, rows that hide nothing, weights that hide
+nothing.
 
 Rows have very unequal target counts, documents of every length, padding; every parameter is perturbed by name (a zero
 projection or a norm at 1 would hide a fault); jitter and dropout are on.
@@ -13,7 +14,7 @@ from lamella.config import ModelConfig, RunConfig, change
 from lamella.data.stream import Batch
 from lamella.model.init import cut, generator
 from lamella.model.stack import plan_layers
-from lamella.nn.shard import Place
+from lamella.nn.shard import Place, placed_parameters
 
 ROWS = 16
 LENGTH = 24
@@ -61,7 +62,7 @@ class ProbeRows:
         return sum(int((self._row(step, r)[1] >= 0).sum()) for r in range(ROWS))
 
     def _row(self, step: int, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Row 0 has a single real token, so that experts go without; every third row is full; the others are between."""
+        """Row 0 has a single real token, so that experts go without; every third row is full."""
         g = generator(f"row/{step}/{row}", self.seed)
         tokens = torch.randint(self.vocab_size, (self.length + 1,), generator=g, dtype=torch.int32)
         real = 1 if row == 0 else self.length if row % 3 == 0 else int(torch.randint(2, self.length, (), generator=g))
@@ -82,7 +83,7 @@ class ProbeRows:
 @torch.no_grad()
 def perturb(model: nn.Module, seed: int) -> None:
     """Matrices normal with std 0.1, well conditioned; the others their initial value plus as much noise."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in placed_parameters(model):
         parameter.copy_(cut(_perturbed(name, parameter.place, seed), parameter.place))
 
 

@@ -1,7 +1,7 @@
 """What a run is at a step, and its way into a checkpoint and back, under any layout.
 
-Saved are the fp32 masters, both moments, and the step. There is no other state: the data's position is the step (rows are a
-function of seed, data and step), every random draw is a function of seed and step, and so is the learning rate.
+Saved are the fp32 masters, both moments, and the step. There is no other state: the data's position is the step (rows
+are a function of seed, data and step), every random draw is a function of seed and step, and so is the learning rate.
 """
 
 from pathlib import Path
@@ -21,13 +21,12 @@ FORMAT = 1
 
 def tensors(zero: Zero) -> dict[str, Pieces]:
     """This process's share of `master/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME`, as live views."""
-    names = {parameter: name for name, parameter in zero.engine.module.named_parameters()}
     found = {}
-    for parameter, start, views in zero.fragments():
+    for name, parameter, start, views in zero.fragments():
         place = parameter.place
         for key, view in views.items():
             held = pieces(view, tuple(parameter.shape), start, place.boxes)
-            found[f"{key}/{names[parameter]}"] = Pieces(place.shape, torch.float32, held, place.owner)
+            found[f"{key}/{name}"] = Pieces(place.shape, torch.float32, held, place.owner)
     return found
 
 

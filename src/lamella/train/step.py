@@ -27,8 +27,8 @@ def accumulate_gradients(
 ) -> Tensor:
     """Adds this rank's gradients of step `step` to the parameters, micro-batch by micro-batch.
 
-    They are scaled so that their mean over the data group is the gradient of the step's loss. Returns the sum of this data
-    rank's token losses, fp64.
+    They are scaled so that their mean over the data group is the gradient of the step's loss. Returns the sum of this
+    data rank's token losses, fp64.
     """
     layout = mesh.layout
     weight = step_weight(data.target_count(step), layout.data)

@@ -1,7 +1,8 @@
 """The promise, proven: a layout's losses, gradients, weights and optimizer state against one process's.
 
 Relative norms tensor by tensor: |layout - one process| / |one process|. A tensor's limit is the larger of the table's
-value and 4 times its own noise floor (one process in fp32 against fp64), never above CEILING. Nothing is loosened to pass.
+value and 4 times its own noise floor (one process in fp32 against fp64), never above CEILING. Nothing is loosened to
+pass.
 """
 
 import dataclasses

@@ -2,8 +2,8 @@
 
     y = sum over the token's chosen experts e of p_e(x) expert_e(x)  +  shared(x)
 
-Capacity (`capacity_factor` set) looks at the whole row by definition: a token beyond its expert's capacity passes by the
-residual. Without it no token is dropped. `router.py` decides, `dispatch.py` moves, `experts.py` computes.
+Capacity (`capacity_factor` set) looks at the whole row by definition: a token beyond its expert's capacity passes by
+the residual. Without it no token is dropped. `router.py` decides, `dispatch.py` moves, `experts.py` computes.
 """
 
 from typing import Annotated, Literal
@@ -71,7 +71,7 @@ class MoE(Channel):
         shared = config.shared_d_ff
         segments = hidden_segments(config.activation, shared)
         self.shared_in = Column(shard, d_model, segments, enter=False) if shared else None
-        self.shared_out = Row(shard, shared, d_model, to="partial") if shared else None
+        self.shared_out = Row(shard, shared, d_model, into="partial") if shared else None
 
     def forward(self, x_BTD: Tensor, rows: Rows) -> Tensor:
         x_BTD = self.shard.enter(x_BTD)

@@ -14,8 +14,9 @@ from lamella.nn.shard import Shard
 class Experts(nn.Module):
     def __init__(self, num_experts: int, top_k: int, d_model: int, d_ff: int, activation: Activation, shard: Shard):
         super().__init__()
-        self.activation, self.parts = activation, len(hidden_segments(activation, d_ff))
+        self.activation: Activation = activation
         segments, active = hidden_segments(activation, d_ff), top_k / num_experts
+        self.parts = len(segments)
         shape_in, shape_out = (num_experts, sum(segments), d_model), (num_experts, d_model, d_ff)
         self.w_in = shard.parameter(shape_in, shard.normal, split=1, segments=segments, decay=True, active=active)
         self.w_out = shard.parameter(shape_out, shard.residual_normal, split=2, decay=True, active=active)

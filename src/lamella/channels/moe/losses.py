@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def balance_loss(chance_BTE: Tensor, load_BE: Tensor, real_BT: Tensor, top_k: int) -> Tensor:
-    """E * sum_e f_e P_e (Switch, arXiv 2101.03961, eq. 4): f_e the share of slots, P_e the mean chance. [B]; 1 is even."""
+    """E * sum_e f_e P_e (Switch, arXiv 2101.03961, eq. 4): f_e share of slots, P_e mean chance. [B]; 1 is even."""
     tokens_B1 = real_BT.sum(1, keepdim=True).clamp(min=1)
     mean_BE = (chance_BTE * real_BT.unsqueeze(-1)).sum(1) / tokens_B1
     return chance_BTE.shape[-1] * (load_BE.to(mean_BE.dtype) / (tokens_B1 * top_k) * mean_BE).sum(-1)

@@ -19,7 +19,7 @@ from lamella.nn.shard import Shard, wide
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """`expert_BTS`: the chosen experts, E where the slot is empty (padding, or dropped); `weight_BTS`: in fp32, 0 there."""
+    """`expert_BTS`: the chosen experts, E in an empty slot (padding, or dropped); `weight_BTS`: in fp32, 0 there."""
 
     expert_BTS: Tensor
     weight_BTS: Tensor
@@ -90,7 +90,7 @@ def count(expert_BTS: Tensor, num_experts: int) -> Tensor:
 
 
 def drop_overflow(expert_BTS: Tensor, num_experts: int, limit: int) -> Tensor:
-    """Empties the slots beyond the first `limit` of a row's expert: all first choices before all second ones, in time."""
+    """Empties the slots beyond the first `limit` of a row's expert: first choices before second ones, in time."""
     order_BN = expert_BTS.transpose(1, 2).flatten(1)  # [B, S * T]
     onehot = nn.functional.one_hot(order_BN, num_experts + 1)
     rank_BN = (onehot.cumsum(1) * onehot).sum(-1)  # 1 for the first in line

@@ -1,0 +1,128 @@
+"""A run that was stopped or killed goes on as if nothing had happened, also under another layout."""
+
+import math
+import random
+import shutil
+import signal
+
+import pytest
+import torch
+
+from lamella.config import change
+from lamella.parallel.local import exit_code, run_local
+from lamella.train import loop
+from lamella.train.metrics import read_metrics
+from tests.corpus import tiny_run
+from tests.train.workers import held_after_load, train_and_strike
+
+STEPS = 6
+SAMPLE = random.Random(0).sample(range(STEPS), 5)
+# Five random steps each with --full, two of them always.
+STRIKES = [
+    pytest.param(signum, step, id=f"{signum.name}-{step}", marks=[] if number < 2 else [pytest.mark.full])
+    for signum in (signal.SIGTERM, signal.SIGKILL)
+    for number, step in enumerate(SAMPLE)
+]
+
+
+def whole_state(config, nproc):
+    """Masters and moments of the newest checkpoint, assembled from what `nproc` processes hold of them."""
+    outcomes = run_local(nproc, held_after_load, config, timeout=120)
+    assert [o.code for o in outcomes] == [0] * nproc
+    whole = {}
+    for held, _, _, _ in (o.value for o in outcomes):
+        for name, shape, offset, tensor in held:
+            place = tuple(slice(o, o + n) for o, n in zip(offset, tensor.shape, strict=True))
+            whole.setdefault(name, torch.full(shape, math.nan))[place] = tensor
+    return whole, [o.value for o in outcomes]
+
+
+def assert_equal(got, want):
+    """Bit for bit; a NaN would be an element that no process held."""
+    assert got.keys() == want.keys()
+    assert [name for name in want if not torch.equal(got[name], want[name])] == []
+
+
+def history(config):
+    """What must not change: everything of the metrics but the speed."""
+    lines = read_metrics(config.folder / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus, tmp_path_factory):
+    config = tiny_run(corpus, tmp_path_factory.mktemp("runs"))
+    assert exit_code(run_local(2, loop.enter, config, timeout=120)) == 0
+    assert len(history(config)) == STEPS
+    return config
+
+
+@pytest.fixture(scope="module")
+def final(uninterrupted):
+    return whole_state(uninterrupted, 1)[0]
+
+
+@pytest.mark.parametrize(("signum", "step"), STRIKES)
+def test_stopped_and_resumed_bit_for_bit(signum, step, corpus, tmp_path, uninterrupted, final):
+    config = tiny_run(corpus, tmp_path)
+    outcomes = run_local(2, train_and_strike, config, step % 2, step, signum, timeout=120)
+    if signum == signal.SIGTERM:
+        stopped_before_the_end = step < STEPS - 1
+        assert exit_code(outcomes) == (75 if stopped_before_the_end else 0)
+        assert len(history(config)) == step + 1  # the running step ended, and was saved
+    else:
+        assert exit_code(outcomes) == 1
+    assert exit_code(run_local(2, loop.enter, config, timeout=120)) == 0
+    assert history(config) == history(uninterrupted)
+    assert_equal(whole_state(config, 1)[0], final)
+
+
+def test_same_seed_same_bits(corpus, tmp_path, uninterrupted, final):
+    config = tiny_run(corpus, tmp_path)
+    assert exit_code(run_local(2, loop.enter, config, timeout=120)) == 0
+    assert history(config) == history(uninterrupted)
+    assert_equal(whole_state(config, 1)[0], final)
+
+
+LAYOUTS = [
+    (1, {}),
+    (4, {}),
+    (2, {"tensor": 2}),
+    (2, {"tensor": 2, "sequence_parallel": True}),
+    (4, {"tensor": 2, "micro_batch": 2}),
+]
+
+
+@pytest.mark.parametrize(("nproc", "layout"), LAYOUTS, ids=lambda v: str(v).replace(" ", ""))
+def test_saved_on_two_continued_under_another_layout(nproc, layout, corpus, tmp_path, uninterrupted, final):
+    moved = tiny_run(corpus, tmp_path, **layout)
+    shutil.copytree(uninterrupted.folder, moved.folder)
+    state, ranks = whole_state(moved, nproc)
+    assert_equal(state, final)  # masters and moments
+    for _, parameters, places, step in ranks:
+        assert step == STEPS
+        for name, parameter in parameters.items():
+            for box in places[name]:
+                assert torch.equal(parameter[box.local_slices], final[f"master/{name}"][box.whole_slices])
+
+    # and from the middle on: the next losses
+    middle = tiny_run(corpus, tmp_path, name="middle", **layout)
+    shutil.copytree(uninterrupted.folder, middle.folder)
+    shutil.rmtree(middle.folder / "checkpoints" / "step-00000006")
+    assert exit_code(run_local(nproc, loop.enter, middle, timeout=120)) == 0
+    for got, want in zip(history(middle), history(uninterrupted), strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-6)
+        assert got.get("heldout_loss", 0) == pytest.approx(want.get("heldout_loss", 0), rel=1e-6)
+
+
+def test_a_longer_run_continues_the_shorter(corpus, tmp_path):
+    config = tiny_run(corpus, tmp_path)
+    constant = {"schedule": {"kind": "constant", "warmup_steps": 2}}
+    long = change(config, train=config.train.model_dump(mode="json") | constant)
+    short = change(long, name="short", train=long.train.model_dump(mode="json") | {"steps": 3})
+    assert exit_code(run_local(1, loop.enter, long, timeout=120)) == 0
+    assert exit_code(run_local(1, loop.enter, short, timeout=120)) == 0
+    longer = change(long, name="short")
+    assert exit_code(run_local(1, loop.enter, longer, timeout=120)) == 0
+    losses = [[line["loss"] for line in history(run)] for run in (long, longer)]
+    assert losses[0] == losses[1]

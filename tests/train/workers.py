@@ -1,0 +1,42 @@
+"""What the processes of the training tests run."""
+
+import os
+import signal
+
+from lamella.parallel import mesh as meshes
+from lamella.parallel.layout import resolve
+from lamella.train import loop, state
+from lamella.train.folder import open_folder
+
+
+def train_and_strike(config, rank, step, signum):
+    """Trains; while it computes step `step`, rank `rank` sends itself a signal."""
+    right = loop.accumulate_gradients
+
+    def strike(model, data, mesh, now, *rest):
+        nats = right(model, data, mesh, now, *rest)
+        if now == step and mesh.seat.rank == rank:
+            os.kill(os.getpid(), signum)
+        return nats
+
+    loop.accumulate_gradients = strike
+    loop.enter(config)
+
+
+def held_after_load(config):
+    """Loads the newest checkpoint; returns what this process holds of it: (name, whole shape, offset, tensor)."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    seat = meshes.find_seat()
+    open_folder(config)
+    mesh = meshes.join(seat, resolve(config, seat.world), timeout=60)
+    run = loop.Run(config, mesh)
+    held = [
+        (name, tuple(pieces.shape), tuple(offset), view.clone())
+        for name, pieces in state.tensors(run.zero).items()
+        for offset, view in pieces.held.items()
+    ]
+    parameters = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+    places = {n: p.place.boxes for n, p in run.model.named_parameters()}
+    step = run.step
+    meshes.leave()
+    return held, parameters, places, step

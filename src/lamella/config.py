@@ -117,7 +117,7 @@ class ScheduleConfig(Strict):
 
 class EvaluateConfig(Strict):
     every: Positive
-    rows: Positive | None = None  # None: all of the held-out split
+    rows: Positive | None = None  # on the way; None, and the last evaluation: all of the held-out split
 
 
 class CheckpointConfig(Strict):

@@ -261,13 +261,6 @@ def test_a_hub_data_set_without_network(make, corpus, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_a_read_only_target(corpus, make, tmp_path):
-    tmp_path.chmod(0o555)
-    with pytest.raises(UserError, match=r"cannot be written"):
-        prepare(make(corpus, tmp_path / "out"))
-
-
 def test_a_full_disk(corpus, make, tmp_path, monkeypatch):
     def full(self, stored):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

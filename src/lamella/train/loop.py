@@ -60,7 +60,8 @@ class Run:
         moe = moe_metrics(total, tokens, train.global_batch_size)
         self.step += 1
         if self.step % train.evaluate.every == 0 or self.step == train.steps:
-            found = evaluate(self.model, self.heldout, self.mesh, train.evaluate.rows)
+            limit = None if self.step == train.steps else train.evaluate.rows
+            found = evaluate(self.model, self.heldout, self.mesh, limit)
             line |= {"heldout_loss": found.loss, "heldout_bits_per_byte": found.bits_per_byte}
         if self.metrics is not None:
             self.metrics.write(line | ({"moe": moe} if moe else {}))

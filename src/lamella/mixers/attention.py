@@ -141,18 +141,15 @@ def attend(q_LHK: Tensor, k_SGK: Tensor, v_SGK: Tensor, *, window: int | None = 
 
 
 def _banded(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Sliding window by blocks: `window` queries against the two blocks of keys that they can see. [1, H, L, K]."""
-    _, heads, new, size = q.shape
-    old = k.shape[2] - new
-    blocks = -(-new // window)
-    left, right = window - min(old, window), blocks * window - new
-    k, v = (F.pad(t[:, :, max(0, old - window) :], (0, 0, left, right)) for t in (k, v))
-    q = F.pad(q, (0, 0, 0, right)).view(heads, blocks, window, size)
-    shape = (heads, blocks, window, size)
-    k, v = (torch.cat([t[:, :, :-window].view(shape), t[:, :, window:].view(shape)], dim=2) for t in (k, v))
-    i, j = torch.arange(window, device=q.device)[:, None], torch.arange(2 * window, device=q.device)[None, :]
-    mask = ((j > i) & (j <= i + window)).repeat(blocks, 1, 1)
-    mask[0] &= j >= left  # the first block has no more keys before it than are kept
-    # Four dims: with three torch would take its plain path, which keeps every head's scores for backward.
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(0))
-    return y.reshape(1, heads, -1, size)[:, :, :new]
+    """Sliding window by blocks of queries, each against the keys that it can see: length x window. [1, H, L, K]."""
+    new, old = q.shape[2], k.shape[2] - q.shape[2]
+    block = min(max(window, 64), 256)  # few calls where the window is narrow, small masks where it is wide
+    pieces = []
+    for start in range(0, new, block):
+        stop, first = min(start + block, new), max(0, old + start - window + 1)
+        query = torch.arange(old + start, old + stop, device=q.device)[:, None]
+        key = torch.arange(first, old + stop, device=q.device)
+        mask = ((key <= query) & (key > query - window))[None, None]  # 4-dim: other ranks miss torch's fused kernel
+        seen = (t[:, :, first : old + stop] for t in (k, v))
+        pieces.append(F.scaled_dot_product_attention(q[:, :, start:stop], *seen, attn_mask=mask))
+    return torch.cat(pieces, dim=2)

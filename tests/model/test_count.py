@@ -10,7 +10,7 @@ from lamella.model.init import initialize
 from lamella.model.lm import LanguageModel
 from tests.nn.building import packed
 
-RUN, TIME, D_MODEL, VOCAB = "configs/run/quickstart.yaml", 19, 192, 4096
+RUN, TIME, D_MODEL, VOCAB = "configs/run/quickstart.yaml", 19, 128, 4096
 
 MOE = "model.parts.moe="
 VARIANTS = {
@@ -50,13 +50,13 @@ def test_active_parameters_leave_out_the_experts_that_a_token_does_not_choose(co
 
 
 def test_jamba_nano_by_hand():
-    """From the paper's shapes, nothing of the code: D 192, inner 384, state 16, rank 12, ffn 512, 8 experts of 256."""
+    """From the paper's shapes, nothing of the code: D 128, inner 256, state 16, rank 8, ffn 352, 8 experts of 176."""
     inner, rank, n = 2 * D_MODEL, D_MODEL // 16, 16
     mamba = D_MODEL * 2 * inner + inner * 4 + inner + inner * (rank + 2 * n) + rank + 2 * n
     mamba += inner * rank + inner + inner * n + inner + inner * D_MODEL
-    attention = D_MODEL * (6 + 2 + 2) * 32 + 6 * 32 * D_MODEL
-    mlp = 3 * D_MODEL * 512
-    router, expert = 8 * D_MODEL, 3 * D_MODEL * 256
+    attention = D_MODEL * (4 + 2 + 2) * 32 + 4 * 32 * D_MODEL
+    mlp = 3 * D_MODEL * 352
+    router, expert = 8 * D_MODEL, 3 * D_MODEL * 176
     outside = 2 * VOCAB * D_MODEL + (2 * 4 + 1) * D_MODEL  # embedding, head, norms
     got = count(load_run(RUN).model, TIME)
     assert got.parameters == outside + 3 * mamba + attention + 2 * mlp + 2 * (router + 8 * expert)

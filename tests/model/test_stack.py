@@ -74,7 +74,7 @@ def test_mistakes_are_one_clear_line(override, words):
 @pytest.mark.parametrize(
     "overrides, words",
     [
-        (["model.parts.attention.num_heads=5", "model.parts.attention.num_kv_heads=5"], ["d_model=192", "num_heads=5"]),
+        (["model.parts.attention.num_heads=5", "model.parts.attention.num_kv_heads=5"], ["d_model=128", "num_heads=5"]),
         (["model.parts.moe.top_k=9"], ["top_k=9 exceeds num_experts=8"]),
     ],
 )

@@ -28,7 +28,8 @@ install_torch() {
   fi
 }
 
-wanted="$(cat pyproject.toml kernels/pyproject.toml constraints.txt launch/install.sh) ${LAMELLA_EXTRAS:-}"
+wanted="$(cat pyproject.toml kernels/pyproject.toml kernels/lamella_kernels/native.h kernels/lamella_kernels/*/*.c \
+  constraints.txt launch/install.sh) ${LAMELLA_EXTRAS:-}"
 wanted=$(printf '%s' "$wanted" | cksum)
 if [ "$(cat .venv/lamella-installed 2>/dev/null)" != "$wanted" ]; then
   echo "installing into .venv (some minutes the first time)"

@@ -50,4 +50,5 @@ def tiny_run(data: DataConfig, runs: Path, name: str = "tiny", **layout) -> RunC
         "seed": 7,
     }
     tree = {"name": name, "model": MODEL, "data": data, "layout": layout, "train": train, "runs": str(runs)}
+    tree["tracking"] = {"enabled": False}
     return RunConfig.model_validate(tree, strict=False)

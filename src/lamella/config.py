@@ -137,12 +137,21 @@ class TrainConfig(Strict):
     seed: Count = 0
 
 
+class TrackingConfig(Strict):
+    """Where the run is shown in MLflow; `metrics.jsonl` is the truth, MLflow is told from it."""
+
+    enabled: bool = True
+    uri: str | None = None  # None: the file mlflow.db beside the runs
+    experiment: str = "lamella"
+
+
 class RunConfig(Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     model: ModelConfig
     data: DataConfig
     layout: LayoutConfig = LayoutConfig()
     train: TrainConfig
+    tracking: TrackingConfig = TrackingConfig()
     runs: str = "runs"  # the folder that holds one folder a run
 
     @property

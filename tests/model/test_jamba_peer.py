@@ -7,6 +7,7 @@ from lamella.config import ModelConfig
 from lamella.model.init import generator
 from lamella.model.lm import LanguageModel
 from tests.nn.building import packed, relative, some
+from tools.peers import copy_jamba, gathered
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.peer
@@ -45,51 +46,6 @@ OURS = {
     ],
 }
 
-# Our name -> theirs, several where ours is their concatenation; inside a layer.
-MAMBA = {
-    **{name: (name,) for name in ("in_proj.weight", "x_proj.weight", "dt_proj.weight", "dt_proj.bias", "A_log", "D")},
-    "out_proj.weight": ("out_proj.weight",),
-    "conv.weight": ("conv1d.weight",),
-    "conv.bias": ("conv1d.bias",),
-    "dt_norm.weight": ("dt_layernorm.weight",),
-    "B_norm.weight": ("b_layernorm.weight",),
-    "C_norm.weight": ("c_layernorm.weight",),
-}
-ATTENTION = {
-    "qkv.weight": ("q_proj.weight", "k_proj.weight", "v_proj.weight"),
-    "out.weight": ("o_proj.weight",),
-}
-MLP = {"w_in.weight": ("gate_proj.weight", "up_proj.weight"), "w_out.weight": ("down_proj.weight",)}
-MOE = {
-    "router.weight": ("router.weight",),
-    "experts.w_in": ("experts.gate_up_proj",),
-    "experts.w_out": ("experts.down_proj",),
-}
-OUTSIDE = {
-    "embedding.weight": ("model.embed_tokens.weight",),
-    "norm.weight": ("model.final_layernorm.weight",),
-    "head.weight": ("lm_head.weight",),
-}
-
-
-def names():
-    yield from OUTSIDE.items()
-    for index in range(LAYERS):
-        mixer, channel = OURS["stack"][0]["layers"][index].split("/")
-        theirs = {"mamba": (MAMBA, "mamba"), "attention": (ATTENTION, "self_attn"), "mlp": (MLP, ""), "moe": (MOE, "")}
-        branches = {"mixer": theirs[mixer], "channel": (theirs[channel][0], "feed_forward")}
-        for branch, (table, folder) in branches.items():
-            for name, parts in table.items():
-                yield f"layers.{index}.{branch}.{name}", tuple(f"model.layers.{index}.{folder}.{p}" for p in parts)
-        yield f"layers.{index}.mixer_norm.weight", (f"model.layers.{index}.input_layernorm.weight",)
-        yield f"layers.{index}.channel_norm.weight", (f"model.layers.{index}.pre_ff_layernorm.weight",)
-
-
-def gathered(tensors, parts, shape):
-    """Theirs in our layout; the depthwise kernel loses its dim of one."""
-    return torch.cat([tensors[part] for part in parts]).view(shape)
-
-
 @pytest.fixture(scope="module")
 def pair():
     theirs = transformers.JambaForCausalLM(transformers.JambaConfig(**THEIRS)).float().eval()
@@ -98,15 +54,8 @@ def pair():
             noise = torch.randn(parameter.shape, generator=generator(name, 0))
             # Well conditioned matrices; nothing is left at 0 or 1.
             parameter.copy_(0.2 * noise if parameter.dim() > 1 and "A_log" not in name else parameter + 0.2 * noise)
-        parameters = dict(theirs.named_parameters())
-        ours = LanguageModel(ModelConfig.model_validate(OURS, strict=False))
-        used = []
-        table = dict(names())
-        assert set(table) == {name for name, _ in ours.named_parameters()}
-        for name, parameter in ours.named_parameters():
-            parameter.copy_(gathered(parameters, table[name], parameter.shape))
-            used += table[name]
-        assert sorted(used) == sorted(parameters)  # every weight of theirs has one place in ours
+    ours = LanguageModel(ModelConfig.model_validate(OURS, strict=False))
+    table = copy_jamba(theirs, ours)
     return ours, theirs, table
 
 

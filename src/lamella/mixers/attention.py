@@ -106,21 +106,76 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | N
 
 
 def _continued(q: Tensor, k: Tensor, v: Tensor, rows: Rows, window: int | None, state: State) -> Tensor:
-    """The same, where each row's first tokens continue the document of the last call; the state keeps its keys."""
-    nothing = (k.new_empty(0, *k.shape[2:]), v.new_empty(0, *v.shape[2:]))
-    past, out, kept = state.get("kv", [nothing] * len(q)), [], []
-    for b in range(len(q)):
-        starts = rows.reset_BT[b].nonzero().flatten().tolist()
-        cuts = [0, *(s for s in starts if s), q.shape[1]]
-        k_old, v_old = past[b] if 0 not in starts else nothing
-        for start, stop in itertools.pairwise(cuts):
-            k_LGK, v_LGK = torch.cat([k_old, k[b, start:stop]]), torch.cat([v_old, v[b, start:stop]])
-            out.append(attend(q[b, start:stop], k_LGK, v_LGK, window=window))
-            k_old, v_old = nothing
-        keep = len(k_LGK) if window is None else min(window - 1, len(k_LGK))
-        kept.append((k_LGK[len(k_LGK) - keep :], v_LGK[len(v_LGK) - keep :]))
-    state["kv"] = kept
+    """The same, where each row's first tokens continue the document of the last call.
+
+    The state keeps the keys and values of each row's last document, `k` and `v` [B, G, S, K], and how many tokens it
+    has had, `count` [B]: token n is in slot n; with a window in slot n % window, where the token it replaces has left
+    every query's sight.
+    """
+    batch, time = rows.position_BT.shape
+    had_B = state["count"] if state else torch.zeros(batch, dtype=torch.long, device=q.device)
+    had_B = torch.where(rows.reset_BT[:, 0], 0, had_B)
+    most = int(had_B.max()) + time
+    room = most if window is None else min(most, window)
+    for name in ("k", "v"):
+        state[name] = _with_room(state.get(name), k, room, window)
+    if time == 1:
+        state["count"] = had_B + 1
+        return _step(q[:, 0], k[:, 0], v[:, 0], had_B, room, window, state).unsqueeze(1)
+    out, counts = [], []
+    for b, had in enumerate(had_B.tolist()):
+        starts = [t for t in rows.reset_BT[b].nonzero().flatten().tolist() if t]
+        slot_L = _slots(had, had, window, q.device)
+        past = [state[name][b][:, slot_L].transpose(0, 1) for name in ("k", "v")]
+        for start, stop in itertools.pairwise([0, *starts, time]):
+            now = [torch.cat([old, new[b, start:stop]]) for old, new in zip(past, (k, v), strict=True)]
+            out.append(attend(q[b, start:stop], *now, window=window))
+            past = [t[:0] for t in past]
+        counts.append(time - starts[-1] if starts else had + time)
+        slot_L = _slots(counts[-1], len(now[0]), window, q.device)
+        for name, t_LGK in zip(("k", "v"), now, strict=True):
+            state[name][b][:, slot_L] = t_LGK[len(t_LGK) - len(slot_L) :].transpose(0, 1)
+    state["count"] = torch.tensor(counts, device=q.device)
     return torch.cat(out).view_as(q)
+
+
+def _with_room(kept: Tensor | None, like_BTGK: Tensor, room: int, window: int | None) -> Tensor:
+    """[B, G, S >= room, K]: what is kept, followed by zeros. S doubles, so that a token's share of the copies is O(1);
+    it ends at the window.
+    """
+    have = 0 if kept is None else kept.shape[2]
+    if kept is not None and room <= have:
+        return kept
+    size = max(room, 2 * have, 64)
+    batch, _, groups, width = like_BTGK.shape
+    grown = like_BTGK.new_zeros(batch, groups, size if window is None else min(size, window), width)
+    if kept is not None:
+        grown[:, :, :have] = kept
+    return grown
+
+
+def _slots(count: int, last: int, window: int | None, device: torch.device) -> Tensor:
+    """Where the `last` tokens of a document of `count` tokens lie, those that the window has left."""
+    if window is None:
+        return torch.arange(count - last, count, device=device)
+    return torch.arange(count - min(last, window), count, device=device) % window
+
+
+def _step(
+    q_BHK: Tensor, k_BGK: Tensor, v_BGK: Tensor, had_B: Tensor, filled: int, window: int | None, state: State
+) -> Tensor:
+    """One token a row, all rows at once: the slots that a shorter row has not filled are masked. [B, H, K].
+
+    The heads of a group are the queries of one attention, so that no key is repeated.
+    """
+    row_B, slot_B = torch.arange(len(had_B), device=had_B.device), had_B if window is None else had_B % window
+    state["k"][row_B, :, slot_B], state["v"][row_B, :, slot_B] = k_BGK, v_BGK
+    keys, values = state["k"][:, :, :filled], state["v"][:, :, :filled]
+    mask = None
+    if len(had_B) > 1:
+        mask = (torch.arange(filled, device=had_B.device) <= had_B[:, None])[:, None, None]
+    y = F.scaled_dot_product_attention(q_BHK.unflatten(1, (k_BGK.shape[1], -1)), keys, values, attn_mask=mask)
+    return y.flatten(1, 2)
 
 
 def attend(q_LHK: Tensor, k_SGK: Tensor, v_SGK: Tensor, *, window: int | None = None) -> Tensor:

@@ -7,6 +7,7 @@ B batch, T time, D model, I inner channels (split over the tensor group), N stat
 
 from typing import Annotated, Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
@@ -76,17 +77,32 @@ class Mamba(Mixer):
         if self.dt_norm is not None and self.B_norm is not None and self.C_norm is not None:
             dt_BTR, B_BTN, C_BTN = self.dt_norm(dt_BTR), self.B_norm(B_BTN), self.C_norm(C_BTN)
         dt_BTR, B_BTN, C_BTN = (self.shard.copy(t) for t in (dt_BTR, B_BTN, C_BTN))
-        y_BTI, h_BIN = selective_scan(
-            x_BTI,
-            F.softplus(self.dt_proj(wide(dt_BTR))),
-            -wide(self.A_log).exp(),
-            B_BTN,
-            C_BTN,
-            wide(self.D),
-            reset_BT=rows.reset_BT,
-            initial_state_BIN=None if state is None else state.get("h"),
-            return_state=True,
-        )
+        inputs = x_BTI, F.softplus(self.dt_proj(wide(dt_BTR))), -wide(self.A_log).exp(), B_BTN, C_BTN, wide(self.D)
+        past_BIN = None if state is None else state.get("h")
+        if past_BIN is not None and x_BTI.shape[1] == 1:
+            y_BTI, h_BIN = _step(*inputs, rows.reset_BT, past_BIN)
+        else:
+            y_BTI, h_BIN = selective_scan(
+                *inputs, reset_BT=rows.reset_BT, initial_state_BIN=past_BIN, return_state=True
+            )
         if state is not None:
             state["h"] = h_BIN
         return self.out_proj(y_BTI * F.silu(z_BTI))
+
+
+def _step(
+    x_B1I: Tensor,
+    dt_B1I: Tensor,
+    A_IN: Tensor,
+    B_B1N: Tensor,
+    C_B1N: Tensor,
+    D_I: Tensor,
+    reset_B1: Tensor,
+    h_BIN: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The equation for one token, without the calls that make a scan over many fast."""
+    x_BI1, dt_BI1 = wide(x_B1I).mT, dt_B1I.mT
+    decay_BIN = (dt_BI1 * A_IN).exp() * ~reset_B1[:, :, None]
+    h_BIN = torch.addcmul(decay_BIN * h_BIN, dt_BI1 * x_BI1, wide(B_B1N))
+    y_BI1 = h_BIN @ wide(C_B1N).mT + D_I[:, None] * x_BI1
+    return y_BI1.mT.to(x_B1I.dtype), h_BIN

@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 
 from lamella.errors import UserError
 from lamella.parallel import cpu_host
+from lamella.parallel.allocator import keep_memory
 from lamella.parallel.layout import Layout
 
 
@@ -80,6 +81,7 @@ def join(seat: Seat, layout: Layout, timeout: float = 1800) -> Mesh:
         torch.backends.cudnn.allow_tf32 = False
     else:
         torch.set_num_threads(_threads(seat))
+        keep_memory()
     if seat.world == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")

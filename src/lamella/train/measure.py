@@ -23,6 +23,8 @@ from lamella.parallel.apply import build_model, make_shard
 from lamella.parallel.layout import resolve
 from lamella.parallel.mesh import Mesh
 from lamella.parallel.zero import Zero
+from lamella.train.clock import Clock
+from lamella.train.metrics import Sums
 from lamella.train.optimizer import make_optimizer
 from lamella.train.probe import ProbeRows, given_gradient, perturb
 from lamella.train.step import accumulate_gradients
@@ -76,7 +78,7 @@ def measure(
     report = Measured(_part(model), _weights(model), [], [], [], [], [], [], watch.found)
     update = _sgd_double(model, rate) if double else _sgd(model, rate, mesh)
     for step in range(steps):
-        nats = accumulate_gradients(model, data, mesh, step, seed)
+        nats = accumulate_gradients(model, data, mesh, step, seed, Sums(), Clock(mesh.device))
         report.losses.append(mesh.sum(nats).item() / mesh.layout.tensor / data.target_count(step))
         report.outputs.append(outputs.take(mesh))
         report.gradients.append(_mean_gradients(model, mesh))

@@ -30,9 +30,12 @@ class Sums:
 
 
 def moe_metrics(sums: dict[str, Tensor], tokens: int, rows: int) -> dict[str, Any]:
-    """Per mixture of experts: share of the slots by expert, share dropped, entropy (nats a token), losses (a row)."""
+    """Per mixture of experts: share of the slots by expert, share dropped, entropy (nats a token), losses (a row).
+
+    {"moe": {layer: {...}}}, or nothing where the model has none.
+    """
     layers = sorted(name.removesuffix("/load") for name in sums if name.endswith("/load"))
-    return {
+    found = {
         layer: {
             "load": [round(x, 6) for x in (sums[f"{layer}/load"] / sums[f"{layer}/load"].sum()).tolist()],
             "dropped": 1 - float(sums[f"{layer}/kept"] / sums[f"{layer}/load"].sum()),
@@ -42,6 +45,7 @@ def moe_metrics(sums: dict[str, Tensor], tokens: int, rows: int) -> dict[str, An
         }
         for layer in layers
     }
+    return {"moe": found} if found else {}
 
 
 class MetricsFile:

@@ -13,6 +13,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from lamella.nn.rows import one_document
 from lamella.parallel.allocator import keep_memory
 
 WIDTH, FFN, VOCAB, LENGTH, LAYERS = 256, 896, 8192, 256, 8
-OURS = {
+OURS: dict[str, Any] = {
     "d_model": WIDTH,
     "vocab_size": VOCAB,
     "parts": {
@@ -45,7 +46,7 @@ OURS = {
         }
     ],
 }
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": WIDTH,
     "intermediate_size": FFN,
@@ -53,7 +54,7 @@ SHAPE = {
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
 }
-JAMBA = SHAPE | {"num_experts": 4, "attn_layer_offset": 4, "attn_layer_period": 8}
+JAMBA: dict[str, Any] = SHAPE | {"num_experts": 4, "attn_layer_offset": 4, "attn_layer_period": 8}
 
 
 def models() -> dict[str, nn.Module]:
@@ -78,7 +79,7 @@ def backward(model: nn.Module, tokens: Tensor) -> None:
     F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
 
 
-def seconds(work: Callable[[], None]) -> float:
+def seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -105,7 +106,7 @@ def measure(rounds: int, tokens: Tensor) -> dict[str, dict[str, list[float]]]:
 def matmul_ceiling(rounds: int) -> float:
     """FLOP/s of the products that dominate: a row of tokens by the feed-forward's weights."""
     x, w = torch.randn(LENGTH, WIDTH), torch.randn(2 * FFN, WIDTH)
-    times = [seconds(lambda: [x @ w.t() for _ in range(50)] and None) for _ in range(rounds + 1)][1:]
+    times = [seconds(lambda: [x @ w.t() for _ in range(50)]) for _ in range(rounds + 1)][1:]
     return 50 * 2 * LENGTH * WIDTH * 2 * FFN / statistics.median(times)
 
 

@@ -4,7 +4,8 @@
 
 Width 256, 8 layers (one attention, seven Mamba; four with 4 experts top-2), ffn 896, vocabulary 8,192, one row of 256
 tokens, fp32. Forward and backward, and beside it the whole step with AdamW on both sides. The models take turns in one
-process; medians of the rounds, with their spread. The ceiling is torch's own matmul of the same shapes, same run.
+process; medians of the rounds, with their spread. The ceiling is torch's own matmul of the same shapes, same run. It
+needs the test extra (transformers).
 """
 
 import argparse

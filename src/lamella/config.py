@@ -15,6 +15,7 @@ Overrides are `a.b=c` words: `train.steps=10`, `model=NAME`, `model.parts.moe.to
 
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -92,9 +93,16 @@ class LayoutConfig(Strict):
 
     tensor: Positive = 1
     sequence_parallel: bool = False  # the residual stream split over the tensor group
-    data: Positive | None = None  # None: the processes that tensor leaves
-    zero: Literal[1] = 1
+    pipeline: Positive = 1  # ranks that the stack's layers are dealt to
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zbv"] = "1f1b"
+    stages_per_rank: Annotated[int, Field(ge=2)] = 2  # of the interleaved schedule; zbv has 2, the others 1
+    cuts: Literal["auto"] | tuple[Positive, ...] = "auto"  # the first layer of each later stage; auto: by cost
+    expert: Positive = 1  # ranks that the experts are dealt to, whole; 1: each expert's width is split over tensor
+    data: Positive | None = None  # None: the processes that tensor and pipeline leave
+    zero: Literal[1, 2, 3] = 1  # split over data: 1 optimizer state, 2 gradients too, 3 parameters too
+    offload_optimizer: bool = False  # masters and moments in the CPU's memory
     micro_batch: Positive = 1  # rows a rank computes at once
+    recompute: Literal["none", "selective", "full"] = "none"  # in backward: what lies between projections, or layers
 
 
 class OptimizerConfig(Strict):
@@ -189,8 +197,8 @@ def change(config: Model, **values: Any) -> Model:
 
 
 def parse_layout(words: str) -> LayoutConfig:
-    """`tensor=2,sequence_parallel=true` -> LayoutConfig. Raises UserError."""
-    tree = _parse([w for w in words.split(",") if w])
+    """`tensor=2,pipeline=2,cuts=[3]` -> LayoutConfig. Raises UserError."""
+    tree = _parse([w for w in re.split(r",(?![^\[]*\])", words) if w])
     return _validate(LayoutConfig, tree, "--layout")
 
 

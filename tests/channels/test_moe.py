@@ -17,6 +17,7 @@ from lamella.channels.moe.router import Router, RouterOptions
 from lamella.config import check_options
 from lamella.errors import UserError
 from lamella.nn.draw import Draw
+from lamella.nn.record import Record
 from lamella.nn.shard import Whole
 from tests.nn.building import OneOf, double, filled, noise, packed, relative
 
@@ -152,13 +153,13 @@ def test_first_choices_come_before_second_ones():
 
 
 def test_padding_takes_no_capacity_and_no_load():
-    sums = {}
-    rows = packed([[2]], [6], record=sums.__setitem__)
     for end in (0, 3):  # whatever the padding would choose
+        record = Record()
+        rows = packed([[2]], [6], record=record)
         _, moe, x = forced([[0], [0]] + [[end]] * 6, capacity_factor=1.0)
         assert moe.router(x, rows).expert_BTS[0, :, 0].tolist() == [0, 0] + [E] * 6
         assert not moe(x, rows)[0, 2:].any()
-        assert sums["here/load"].tolist() == [2, 0, 0, 0]
+        assert record.values["here/load"].tolist() == [4, 0, 0, 0]  # two tokens, routed twice
 
 
 def test_capacity_is_per_row():
@@ -229,9 +230,9 @@ def test_losses_have_the_weight_of_the_loss_and_not_of_the_output():
 @pytest.mark.parametrize("options", [VARIANTS["Switch"], VARIANTS["top-2 with capacity"]], ids=["Switch", "top-2"])
 def test_recorded_sums(options):
     config, moe = make(**options)
-    sums, x = {}, noise(4, 12, D_MODEL)
-    moe(x.requires_grad_(), packed(LENGTHS, PADDING, record=sums.__setitem__))
-    x = x.detach()
+    record, x = Record(), noise(4, 12, D_MODEL)
+    moe(x.requires_grad_(), packed(LENGTHS, PADDING, record=record))
+    sums, x = record.values, x.detach()
     w = weights_of(moe)
     routes = [route(config, w, row, real) for row, real in zip(x.numpy(), REAL, strict=True)]
     tokens = [token for row, real in zip(x.numpy(), REAL, strict=True) for token in row[real]]
@@ -345,7 +346,7 @@ def test_more_choices_than_experts():
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_ranks_hold_every_element_once(size):
-    small = config_for(shared_d_ff=8).shrink(size)
+    small = config_for(shared_d_ff=8).shrink(size, 1)
     ranks = [dict(small.build(8, OneOf(rank, size), "here").named_parameters()) for rank in range(size)]
     for name, first in ranks[0].items():
         held = torch.zeros(first.place.shape)

@@ -1,6 +1,8 @@
 """Starting processes together: their seats, their values, and how each kind of end comes back."""
 
+import os
 import time
+from multiprocessing.connection import wait
 
 import pytest
 import torch
@@ -35,6 +37,34 @@ def test_a_dead_rank_ends_the_others(monkeypatch):
     assert [o.code for o in outcomes] == [-9, -9]
     assert local.exit_code(outcomes) == 1
     assert time.monotonic() - started < 30
+
+
+class EndsOnceSeen:
+    """A process that ends right after it was first seen alive."""
+
+    exitcode = 0
+
+    def __init__(self):
+        self.sentinel, self._life = os.pipe()
+        self._alive = True
+
+    def is_alive(self):
+        alive, self._alive = self._alive, False
+        if alive:
+            os.close(self._life)
+        return alive
+
+    def join(self):
+        os.close(self.sentinel)
+
+
+def test_an_end_between_looks_is_noticed(monkeypatch):
+    def wait_for_some(objects, timeout):
+        assert objects, "nothing can end this wait"
+        return wait(objects, timeout)
+
+    monkeypatch.setattr(local, "wait", wait_for_some)
+    assert local._collect([], [EndsOnceSeen()], timeout=None) == []
 
 
 def test_sums_reach_views():

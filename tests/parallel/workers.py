@@ -11,11 +11,12 @@ from lamella.config import load_run
 from lamella.errors import UserError
 from lamella.parallel import mesh as meshes
 from lamella.parallel.layout import resolve
+from lamella.parallel.seat import find_seat
 from lamella.parallel.tensor import TensorShard
 
 
 def seat_and_word(word):
-    return meshes.find_seat(), word
+    return find_seat(), word
 
 
 def one_makes_a_mistake():
@@ -35,7 +36,7 @@ def one_dies_the_other_waits():
 
 def gradients_of_views():
     """`copy` and `sum` on tensors and gradients that are no contiguous memory, and that others use as well."""
-    seat = meshes.find_seat()
+    seat = find_seat()
     run = load_run("configs/run/quickstart.yaml", ["layout.tensor=2"])
     mesh = meshes.join(seat, resolve(run, seat.world), timeout=60)
     shard = TensorShard(mesh.tensor, False, torch.float32, 0.02, 1)

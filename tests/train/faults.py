@@ -48,7 +48,7 @@ def average_losses_per_rank():
             count = sum(int((self.data.batch(step, rows).targets >= 0).sum()) for rows in mine)
             return count * self.mesh.layout.data
 
-    measuring.accumulate_gradients = lambda model, data, mesh, *rest: right(model, OwnCount(data, mesh), mesh, *rest)
+    measuring.accumulate_gradients = lambda passes, data, mesh, *rest: right(passes, OwnCount(data, mesh), mesh, *rest)
 
 
 def aux_loss_per_micro_batch():

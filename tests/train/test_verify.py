@@ -24,16 +24,17 @@ LAYOUTS = ["tensor=2", "tensor=2,sequence_parallel=true", "data=2"]
 
 
 @functools.cache
-def reference(*overrides):
-    return verify.make_reference(load_run(RUN, overrides), [parse_layout("tensor=2")], 3)
+def references(*overrides):
+    return verify.References(load_run(RUN, overrides), 3)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 4])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_train_the_same_model(layout, micro_batches):
-    report = verify.compare(reference(), parse_layout(layout), micro_batches)
+    wanted = parse_layout(layout)
+    report = verify.compare(references().of(wanted), wanted, micro_batches)
     assert report.passed, report.verdict()
-    assert reference().moved() > 0.01
+    assert references().of(wanted).moved() > 0.01
     kinds = {d.kind for d in report.differences}
     assert kinds == {"initial", "output", "loss", "norm", "gradient", "weight", "adam"}
 
@@ -41,7 +42,8 @@ def test_layouts_train_the_same_model(layout, micro_batches):
 @pytest.mark.parametrize("overrides", [RICH, SWITCH], ids=["rich", "switch"])
 @pytest.mark.parametrize("layout", ["tensor=2,sequence_parallel=true", "tensor=2,data=2"])
 def test_every_option_of_the_parts(layout, overrides):
-    report = verify.compare(reference(*overrides), parse_layout(layout), 2)
+    wanted = parse_layout(layout)
+    report = verify.compare(references(*overrides).of(wanted), wanted, 2)
     assert report.passed, report.verdict()
 
 
@@ -58,8 +60,8 @@ FAULTS = [
 def test_planted_faults_are_caught_and_named(fault, layout, micro_batches, kind, name):
     wanted = parse_layout(layout)
     process = functools.partial(measure_with, fault)
-    faulty = verify.make_reference(load_run(RUN), [parse_layout("tensor=2")], 1, process=process)
-    report = verify.compare(faulty, wanted, micro_batches, process=process)
+    faulty = verify.References(load_run(RUN), 1, process=process)
+    report = verify.compare(faulty.of(wanted), wanted, micro_batches, process=process)
     assert not report.passed
     assert not report.crash
     failed = {(d.kind, d.name) for d in report.failures}
@@ -71,6 +73,7 @@ def test_planted_faults_are_caught_and_named(fault, layout, micro_batches, kind,
 
 def test_a_rank_that_fails_is_no_pass():
     process = functools.partial(measure_with, "no_such_fault")
-    report = verify.compare(reference(), parse_layout("data=2"), 1, process=process)
+    wanted = parse_layout("data=2")
+    report = verify.compare(references().of(wanted), wanted, 1, process=process)
     assert not report.passed
     assert "rank 0 ended with code 1" in report.verdict()

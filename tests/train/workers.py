@@ -5,6 +5,7 @@ import signal
 
 from lamella.parallel import mesh as meshes
 from lamella.parallel.layout import resolve
+from lamella.parallel.seat import find_seat
 from lamella.train import loop, state
 from lamella.train.folder import open_folder
 
@@ -13,8 +14,8 @@ def train_and_strike(config, rank, step, signum):
     """Trains; while it computes step `step`, rank `rank` sends itself a signal."""
     right = loop.accumulate_gradients
 
-    def strike(model, data, mesh, now, *rest):
-        nats = right(model, data, mesh, now, *rest)
+    def strike(passes, data, mesh, now, *rest):
+        nats = right(passes, data, mesh, now, *rest)
         if now == step and mesh.seat.rank == rank:
             os.kill(os.getpid(), signum)
         return nats
@@ -26,7 +27,7 @@ def train_and_strike(config, rank, step, signum):
 def held_after_load(config):
     """Loads the newest checkpoint; returns what this process holds of it: (name, whole shape, offset, tensor)."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    seat = meshes.find_seat()
+    seat = find_seat()
     open_folder(config)
     mesh = meshes.join(seat, resolve(config, seat.world), timeout=60)
     run = loop.Run(config, mesh)

@@ -35,8 +35,10 @@ class ChannelConfig(Strict, ABC):
         """Forward operations of a row of `length` tokens."""
 
     @abstractmethod
-    def shrink(self, tensor: int) -> Self:
-        """The same kind of channel mixer at small sizes that `tensor` ranks divide, its random draws on."""
+    def shrink(self, tensor: int, expert: int) -> Self:
+        """The same kind of channel mixer at small sizes that `tensor` ranks, and experts that `expert` ranks, divide;
+        its random draws on.
+        """
 
 
 def names() -> list[str]:

@@ -43,7 +43,7 @@ class Config(ChannelConfig):
     def flops(self, d_model: int, length: int) -> Flops:
         return mlp_flops(self.activation, d_model, self.d_ff, length)
 
-    def shrink(self, tensor: int) -> "Config":
+    def shrink(self, tensor: int, expert: int) -> "Config":
         return change(self, d_ff=8 * tensor)
 
 
@@ -59,4 +59,4 @@ class Mlp(Channel):
         self.w_out = Row(shard, config.d_ff, d_model)
 
     def forward(self, x_BTD: Tensor, rows: Rows) -> Tensor:
-        return self.w_out(activate(self.activation, *self.w_in(x_BTD)))
+        return self.w_out(rows.core(activate, self.activation, *self.w_in(x_BTD)))

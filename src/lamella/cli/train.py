@@ -21,13 +21,14 @@ def train(
     from lamella.config import load_run
 
     config = load_run(run, overrides or [])
-    from lamella.parallel import local, mesh
+    from lamella.parallel import local
+    from lamella.parallel.seat import find_seat
     from lamella.train import check, loop
 
     if nproc is None and not dry_run:
         local.end(loop.train(config))
 
-    world = nproc or mesh.find_seat().world
+    world = nproc or find_seat().world
     print(check.describe(config, check.check(config, world)), flush=True)
     if dry_run:
         raise typer.Exit(0)

@@ -1,6 +1,7 @@
 """`lamella verify`: prove that a layout computes the same model as one process."""
 
 import json
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -8,42 +9,65 @@ import typer
 
 from lamella.cli.train import Overrides
 
-MICRO_BATCHES = (1, 4)
+KINDS = ("output", "loss", "norm", "gradient", "weight", "adam")
 
 
 def verify(
     run: Annotated[Path, typer.Argument(metavar="RUN.yaml")],
     overrides: Overrides = None,
     layout: Annotated[
-        list[str] | None, typer.Option(help="as tensor=2,sequence_parallel=true; may be given several times")
+        list[str] | None, typer.Option(help="as tensor=2,pipeline=2; may be given several times; else the run's own")
     ] = None,
+    every: Annotated[bool, typer.Option("--all", help="every legal layout on 1, 2, 4, ... processes")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="of the largest layout of --all")] = 8,
     steps: Annotated[int, typer.Option(min=1)] = 3,
     full: Annotated[bool, typer.Option("--full", help="the model as it is, not shrunk; it must fit")] = False,
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 at its own distance from fp32")] = "fp32",
     as_json: Annotated[bool, typer.Option("--json", help="a machine-readable report")] = False,
 ) -> None:
     """Compare losses, gradients, weights and optimizer state of a layout with one process's, with 1 and 4 micro-
-    batches.
+    batches, or 8 in a pipeline.
 
     Exit codes: 0 equal, 1 not, 2 the input is wrong.
     """
     from lamella.config import load_run, parse_layout
+    from lamella.errors import UserError
 
     config = load_run(run, overrides or [])
-    layouts = [parse_layout(words) for words in layout or []] or [config.layout]
+    if precision not in ("fp32", "bf16"):
+        raise UserError(f"--precision {precision}: choose fp32 or bf16")
+    if every and layout:
+        raise UserError("--all takes every layout; leave --layout out, or --all")
     from lamella.train import verify as verification
+    from lamella.train.matrix import every_layout
 
-    reference = verification.make_reference(config, layouts, steps, full)
-    if not as_json:
-        _introduce(reference, full)
-    reports = []
-    for wanted in layouts:
-        for count in MICRO_BATCHES:
+    if every:
+        layouts = every_layout(config, processes)
+    else:
+        layouts = [parse_layout(words) for words in layout or []] or [config.layout]
+    references = verification.References(config, steps, full, precision)
+    reports, shown = [], set()
+    began = time.monotonic()
+    for number, wanted in enumerate(layouts, 1):
+        reference = references.of(wanted)
+        if not as_json and id(reference) not in shown:
+            shown.add(id(reference))
+            _introduce(reference, full)
+        for count in verification.micro_batch_counts(wanted):
             reports.append(verification.compare(reference, wanted, count))
             if not as_json:
-                _show(reports[-1])
+                _show(reports[-1], brief=every)
+        if every and not as_json and number % 10 == 0:
+            left = (time.monotonic() - began) * (len(layouts) / number - 1)
+            print(f"{number} of {len(layouts)} layouts, about {left / 60:.0f} minutes left", flush=True)
+    failed = [report for report in reports if not report.passed]
     if as_json:
         print(json.dumps([_plain(report) for report in reports]))
-    raise typer.Exit(0 if all(report.passed for report in reports) else 1)
+    elif len(reports) > 1:
+        print(f"{len(reports) - len(failed)} of {len(reports)} equal")
+        for report in failed:
+            print(f"not equal: {report.name()}: {report.verdict()}")
+    raise typer.Exit(1 if failed else 0)
 
 
 def _introduce(reference, full: bool) -> None:
@@ -59,20 +83,23 @@ def _introduce(reference, full: bool) -> None:
         print(line + "; another seed taken")
 
 
-def _show(report) -> None:
-    words = {k: v for k, v in report.layout.model_dump().items() if k not in ("zero", "micro_batch") and v}
-    name = ",".join(f"{k}={str(v).lower()}" for k, v in words.items())
-    print(f"{name}, {report.micro_batches} micro-batches of {report.layout.micro_batch} rows: {report.verdict()}")
-    if report.differences:
-        for kind in ("output", "loss", "norm", "gradient", "weight", "adam"):
-            d = report.worst(kind)
-            noise = f"noise floor {d.noise:.1e}" if kind != "adam" else "from given gradients"
-            print(f"    worst {kind:<9} {d.error:.1e}  limit {d.limit:.1e}  {noise}  {d.name}")
+def _show(report, brief: bool) -> None:
+    print(f"{report.name()}: {report.verdict()}", flush=True)
+    if not report.differences:
+        return
+    worst = {kind: report.worst(kind) for kind in KINDS}
+    if brief:
+        print("    worst " + "  ".join(f"{kind} {d.error:.1e}" for kind, d in worst.items()), flush=True)
+        return
+    for kind, d in worst.items():
+        noise = f"noise floor {d.noise:.1e}" if kind != "adam" else "from given gradients"
+        print(f"    worst {kind:<9} {d.error:.1e}  limit {d.limit:.1e}  {noise}  {d.name}", flush=True)
 
 
 def _plain(report) -> dict:
     return {
-        "layout": report.layout.model_dump(),
+        "layout": report.layout.model_dump(mode="json"),
+        "processes": report.processes,
         "micro_batches": report.micro_batches,
         "passed": report.passed,
         "verdict": report.verdict(),

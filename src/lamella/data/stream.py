@@ -60,7 +60,7 @@ class TrainRows:
         """Rows 0 <= r < global_batch_size of a step as a Batch [len(rows), T]."""
         assert not rows or (min(rows) >= 0 and max(rows) < self._per_step), f"{rows} of {self._per_step} rows"
         found = [self._find(step * self._per_step + row) for row in rows]
-        return _assemble(found, self._length, self._stored, self.tokenizer.eod)
+        return _assemble(found, self._length, self._stored, self.tokenizer.eod, len(rows))
 
     def target_count(self, step: int) -> int:
         """How many tokens the whole step predicts, over all ranks, from the plan alone."""
@@ -110,10 +110,11 @@ class HeldoutRows:
         split = prepared.manifest.splits["heldout"]
         self.bytes_per_token = split.text_bytes / split.tokens
 
-    def batch(self, rows: range) -> Batch:
-        """Rows as a Batch [len(rows), T]."""
+    def batch(self, rows: range, pad_to: int = 0) -> Batch:
+        """Rows as a Batch [len(rows), T], or of `pad_to` rows, those that are missing all padding."""
         self._check(rows)
-        return _assemble([(self._plan, row) for row in rows], self._length, self._stored, self.tokenizer.eod)
+        found = [(self._plan, row) for row in rows]
+        return _assemble(found, self._length, self._stored, self.tokenizer.eod, max(pad_to, len(rows)))
 
     def target_count(self, rows: range) -> int:
         """How many tokens these rows predict."""
@@ -124,13 +125,13 @@ class HeldoutRows:
         assert not rows or (min(rows) >= 0 and max(rows) < self.num_rows), f"{rows} of {self.num_rows} rows"
 
 
-def _assemble(rows: list[tuple[Plan, int]], length: int, stored: TokenFile, eod: int) -> Batch:
-    shape = (len(rows), length)
+def _assemble(rows: list[tuple[Plan, int]], length: int, stored: TokenFile, eod: int, size: int) -> Batch:
+    shape = (size, length)
     tokens = np.full(shape, eod, np.int32)
     targets = np.full(shape, NO_TARGET, np.int32)
     document = np.full(shape, PADDING, np.int32)
-    position = np.empty(shape, np.int32)
     count = np.arange(length, dtype=np.int32)
+    position = np.tile(count, (size, 1))
     for b, (plan, row) in enumerate(rows):
         begin = 0
         for number, (source, offset, size) in enumerate(plan.pieces(row)):

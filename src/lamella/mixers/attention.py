@@ -4,7 +4,7 @@
 
 Each document is attended by itself, so the cost is the sum of squared document lengths (or length x window), and no
 mask over the row is ever made. Grouped queries: Ainslie et al. 2023 (arXiv 2305.13245). QK-norm: Henry et al. 2020
-(2010.04245).
+(2010.04245). Value residual: Zhou et al. 2024 (2410.17897), with both weights 1/2.
 
 Shapes: B batch, T time, D model width, H query heads, G key-value heads, K head size, L tokens of one document.
 """
@@ -28,6 +28,8 @@ from lamella.nn.rope import rotary, rotate
 from lamella.nn.rows import Rows
 from lamella.nn.shard import Shard
 
+FIRST_VALUES = "attention_values"  # what `value_residual` carries
+
 
 class Config(MixerConfig):
     mixer: Literal["attention"]
@@ -38,6 +40,7 @@ class Config(MixerConfig):
     window: Positive | None = None  # tokens a query sees, itself included; None: the whole document
     qk_norm: bool = False
     qkv_bias: bool = False
+    value_residual: bool = False  # values are the mean of the layer's own and the first such layer's
 
     def sizes(self, d_model: int) -> tuple[int, int, int]:
         """H, G, K. Raises UserError where they do not divide."""
@@ -53,6 +56,10 @@ class Config(MixerConfig):
 
     def build(self, d_model: int, norm_eps: float, shard: Shard) -> "Attention":
         return Attention(self, d_model, norm_eps, shard)
+
+    def carries(self, d_model: int) -> dict[str, int]:
+        _, groups, size = self.sizes(d_model)
+        return {FIRST_VALUES: groups * size} if self.value_residual else {}
 
     def flops(self, d_model: int, length: int) -> Flops:
         heads, groups, size = self.sizes(d_model)
@@ -86,14 +93,17 @@ class Attention(Mixer):
         self.out = Row(shard, heads * size, d_model)
 
     def forward(self, x_BTD: Tensor, rows: Rows, state: State | None = None) -> Tensor:
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv(x_BTD))
+        q, k, v = self.qkv(x_BTD)
+        if self.config.value_residual:
+            v = (v + rows.carried.setdefault(FIRST_VALUES, v)) / 2
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.config.rope_theta is not None:
             cos, sin = rotary(rows.position_BT, self.head_dim, self.config.rope_theta)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if state is None:
-            y = _packed(q, k, v, rows.lengths, self.config.window)
+            y = rows.core(_packed, q, k, v, rows.lengths, self.config.window)
         else:
             y = _continued(q, k, v, rows, self.config.window, state)
         return self.out(y.flatten(2))

@@ -20,7 +20,8 @@ from lamella.nn.flops import Flops
 from lamella.nn.rows import Rows
 from lamella.nn.shard import Shard
 
-State = dict[str, Any]  # what a mixer keeps between calls of one document; {} before the first token
+# What a mixer keeps between calls of one document; {} before the first token. Every value is a tensor, rows first.
+State = dict[str, Any]
 
 
 class Mixer(nn.Module, ABC):
@@ -39,6 +40,14 @@ class MixerConfig(Strict, ABC):
     @abstractmethod
     def build(self, d_model: int, norm_eps: float, shard: Shard) -> Mixer:
         """The module. Raises UserError where sizes do not divide."""
+
+    def carries(self, d_model: int) -> dict[str, int]:
+        """What the mixer hands on to later layers in `rows.carried`, or reads there: name -> width.
+
+        A tensor [B, T, width], its channels split over the tensor group. The first layer that names it makes it, once
+        a forward; layers may also lie in different stages of a pipeline.
+        """
+        return {}
 
     @abstractmethod
     def flops(self, d_model: int, length: int) -> Flops:

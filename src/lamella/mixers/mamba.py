@@ -72,12 +72,26 @@ class Mamba(Mixer):
 
     def forward(self, x_BTD: Tensor, rows: Rows, state: State | None = None) -> Tensor:
         x_BTI, z_BTI = self.in_proj(x_BTD)
-        x_BTI = self.conv(x_BTI, rows, state)
+        x_BTI = rows.core(self.conv, x_BTI, rows, state)
         dt_BTR, B_BTN, C_BTN = self.x_proj(x_BTI).split(self.sizes, dim=-1)
         if self.dt_norm is not None and self.B_norm is not None and self.C_norm is not None:
             dt_BTR, B_BTN, C_BTN = self.dt_norm(dt_BTR), self.B_norm(B_BTN), self.C_norm(C_BTN)
         dt_BTR, B_BTN, C_BTN = (self.shard.copy(t) for t in (dt_BTR, B_BTN, C_BTN))
-        inputs = x_BTI, F.softplus(self.dt_proj(wide(dt_BTR))), -wide(self.A_log).exp(), B_BTN, C_BTN, wide(self.D)
+        dt_BTI = self.dt_proj(wide(dt_BTR))
+        y_BTI = rows.core(self._scan, x_BTI, dt_BTI, B_BTN, C_BTN, z_BTI, rows, state)
+        return self.out_proj(y_BTI)
+
+    def _scan(
+        self,
+        x_BTI: Tensor,
+        dt_BTI: Tensor,
+        B_BTN: Tensor,
+        C_BTN: Tensor,
+        z_BTI: Tensor,
+        rows: Rows,
+        state: State | None,
+    ) -> Tensor:
+        inputs = x_BTI, F.softplus(dt_BTI), -wide(self.A_log).exp(), B_BTN, C_BTN, wide(self.D)
         past_BIN = None if state is None else state.get("h")
         if past_BIN is not None and x_BTI.shape[1] == 1:
             y_BTI, h_BIN = _step(*inputs, rows.reset_BT, past_BIN)
@@ -87,7 +101,7 @@ class Mamba(Mixer):
             )
         if state is not None:
             state["h"] = h_BIN
-        return self.out_proj(y_BTI * F.silu(z_BTI))
+        return y_BTI * F.silu(z_BTI)
 
 
 def _step(

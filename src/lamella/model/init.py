@@ -21,8 +21,7 @@ def draw_local(name: str, place: Place, seed: int) -> Tensor:
 
 def cut(whole: Tensor, place: Place) -> Tensor:
     """This rank's part of a global tensor."""
-    shape = [max(box.local[d] + box.size[d] for box in place.boxes) for d in range(len(place.shape))]
-    local = whole.new_empty(shape)
+    local = whole.new_empty(place.local_shape)
     for box in place.boxes:
         local[box.local_slices] = whole[box.whole_slices]
     return local

@@ -1,4 +1,6 @@
-"""The language model: embedding, layers, final norm, head."""
+"""The language model: embedding, layers, final norm, head; whole, or some stages of it."""
+
+import dataclasses
 
 from torch import Tensor, nn
 
@@ -6,6 +8,7 @@ from lamella.config import ModelConfig
 from lamella.mixers.base import State
 from lamella.model.layer import Layer
 from lamella.model.stack import plan_layers
+from lamella.model.stage import Stage, make_stages
 from lamella.nn.linear import Column, Embedding
 from lamella.nn.norm import RMSNorm
 from lamella.nn.rows import Rows
@@ -13,23 +16,41 @@ from lamella.nn.shard import Shard, Whole
 
 
 class LanguageModel(nn.Module):
-    """tokens [B, T] -> this rank's columns of the logits [B, T, V]. Parameters are empty until `init.initialize`."""
+    """tokens [B, T] -> this rank's columns of the logits [B, T, V]. Parameters are empty until `init.initialize`.
 
-    def __init__(self, config: ModelConfig, shard: Shard | None = None):
+    A process of a pipeline builds the `stages` that it holds. Names of parameters are those of the whole model.
+    """
+
+    def __init__(self, config: ModelConfig, shard: Shard | None = None, stages: tuple[Stage, ...] | None = None):
         super().__init__()
         self.config = config
         plans = plan_layers(config)
+        self.stages = stages or make_stages((), len(plans))
         self.shard = shard or Whole(init_std=config.init_std, num_layers=len(plans))
-        self.embedding = Embedding(self.shard, config.vocab_size, config.d_model)
-        self.layers = nn.ModuleDict({str(plan.index): Layer(config, plan, self.shard) for plan in plans})
-        self.norm = RMSNorm(self.shard, config.d_model, config.norm_eps)
-        self.head = Column(self.shard, config.d_model, config.vocab_size)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
+        first, last = any(s.first for s in self.stages), any(s.last for s in self.stages)
+        if first or (last and config.tie_embeddings):
+            self.embedding = Embedding(self.shard, config.vocab_size, config.d_model)
+        held = sorted(index for stage in self.stages for index in stage.layers)
+        self.layers = nn.ModuleDict({str(i): Layer(config, plans[i], self.shard) for i in held})
+        if last:
+            self.norm = RMSNorm(self.shard, config.d_model, config.norm_eps)
+            self.head = Column(self.shard, config.d_model, config.vocab_size)
+            if config.tie_embeddings:
+                weight = self.head.weight = self.embedding.weight
+                if not first:
+                    weight.place = dataclasses.replace(weight.place, owner=False, copy=True)
 
     def forward(self, tokens_BT: Tensor, rows: Rows, states: dict[str, State] | None = None) -> Tensor:
         """With `states` ({} before the first tokens, updated in place) the rows continue where the last call ended."""
-        x = self.embedding(tokens_BT)
-        for name, layer in self.layers.items():
-            x = layer(x, rows, None if states is None else states.setdefault(name, {}))
-        return self.head(self.norm(x))
+        return self.run(self.stages[0], tokens_BT, rows, states)
+
+    def run(self, stage: Stage, x: Tensor, rows: Rows, states: dict[str, State] | None = None) -> Tensor:
+        """One stage: tokens or the stream in, the stream or logits out."""
+        if stage.first:
+            rows.carried.clear()
+            x = self.embedding(x)
+        for index in stage.layers:
+            layer = self.layers[str(index)]
+            state = None if states is None else states.setdefault(str(index), {})
+            x = rows.again(layer, x, rows) if rows.recompute == "full" else layer(x, rows, state)
+        return self.head(self.norm(x)) if stage.last else x

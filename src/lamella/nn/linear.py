@@ -39,9 +39,7 @@ class Column(nn.Module):
         self.bias = None if bias is None else shard.parameter((d_out,), bias, split=0, segments=self.segments)
 
     def forward(self, x: Tensor):
-        weight = self.weight.to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = self.shard.enter_linear(x, weight, bias) if self.enter else F.linear(x, weight, bias)
+        y = (self.shard.enter_linear if self.enter else self.shard.linear)(x, self.weight, self.bias)
         return y.split([n // self.shard.size for n in self.segments], dim=-1) if self.fused else y
 
 
@@ -69,7 +67,7 @@ class Row(nn.Module):
         self.bias = shard.parameter((d_out,), zeros) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight.to(x.dtype))
+        y = self.shard.linear(x, self.weight)
         if self.into == "partial":
             return y
         if self.into == "branch":

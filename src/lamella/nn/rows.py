@@ -2,12 +2,18 @@
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lamella.nn.draw import Draw
+from lamella.nn.record import Record
+
+Recompute = Literal["none", "selective", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,14 +23,32 @@ class Rows:
 
     A position of 0 starts a document anew; a row whose first position is above 0 continues the document of the state
     it is given. `draw` is None outside training (no jitter, no dropout). `loss_scale` is what one row's auxiliary loss
-    weighs in the loss that is differentiated. `record(name, value)` adds up sums for the step's metrics.
+    weighs in the loss that is differentiated. `record` adds up sums for the step's metrics. `carried` holds what layers
+    hand on beside the stream, by name; a mixer's `carries` declares it. `recompute` is what backward computes anew:
+    "selective" what parts do between their projections, "full" whole layers.
     """
 
     document_BT: Tensor
     position_BT: Tensor
     draw: Draw | None = None
     loss_scale: float = 0.0
-    record: Callable[[str, Tensor], None] | None = None
+    record: Record | None = None
+    carried: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    recompute: Recompute = "none"
+
+    def core(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(*args)`: what a part does between its projections, without parameters that only a module holds."""
+        return self.again(function, *args) if self.recompute == "selective" else function(*args)
+
+    def again(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(*args)`, of which only the inputs are kept: backward runs it once more."""
+        if not torch.is_grad_enabled():
+            return function(*args)
+
+        def contexts():
+            return nullcontext(), nullcontext() if self.record is None else self.record.pause()
+
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
     @cached_property
     def reset_BT(self) -> Tensor:

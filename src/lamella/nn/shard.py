@@ -11,11 +11,13 @@ The **stream** is the residual between branches; under sequence parallelism a ra
   made whole where it is used: a weight by `shared`, an activation by `copy`, a loss by being divided by `size`.
 
 Each parameter carries its `Place`: the shape of the whole tensor and the boxes of it that this rank holds.
+
+Experts may be dealt to the ranks of another group, which its `Exchange` stands for.
 """
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -23,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamella.errors import UserError
+from lamella.nn.deferred import WeightGradients
 from lamella.nn.initializers import Initializer, normal
 
 
@@ -54,6 +57,13 @@ class Place:
     init: Initializer
     decay: bool  # weight decay applies
     active: float = 1.0  # share of it that one token uses
+    expert: bool = False  # dealt over the expert group
+    copy: bool = False  # a tied weight's second one, at the other end of a pipeline
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """The shape of this rank's tensor."""
+        return tuple(max(b.local[d] + b.size[d] for b in self.boxes) for d in range(len(self.shape)))
 
 
 class Parameter(nn.Parameter):
@@ -62,6 +72,7 @@ class Parameter(nn.Parameter):
     place: Place
     _hp_mapping: Any  # where DeepSpeed keeps its fp32 master; read by parallel/zero.py alone
     tensor_model_parallel: bool  # DeepSpeed's and megatron's word for "not replicated"
+    ds_pipe_replicated: bool  # DeepSpeed's word for a tied copy
 
 
 def placed_parameters(module: nn.Module) -> Iterator[tuple[str, Parameter]]:
@@ -69,11 +80,38 @@ def placed_parameters(module: nn.Module) -> Iterator[tuple[str, Parameter]]:
     return module.named_parameters()  # type: ignore[return-value]
 
 
-class Shard(ABC):
-    """One rank of a tensor group. Activations are [B, T, ...]; `size` ranks, this one is `rank`."""
+class Exchange:
+    """How tokens reach their experts, and their outputs come back: here all experts are at home."""
 
-    def __init__(self, rank: int, size: int, dtype: torch.dtype, init_std: float, num_layers: int):
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank, self.size = rank, size
+
+    def through(
+        self, experts: Callable[[Tensor, list[int]], Tensor], x_ND: Tensor, counts: list[int]
+    ) -> Tensor:
+        """`experts(x_ND, counts)`: rows sorted by expert, `counts` of them for each; returns the same rows."""
+        return experts(x_ND, counts)
+
+
+class Shard(ABC):
+    """One rank of a tensor group. Activations are [B, T, ...]; `size` ranks, this one is `rank`.
+
+    `deferred`: where linears leave their weights' gradients to be computed later, if anywhere.
+    """
+
+    deferred: WeightGradients | None = None
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        dtype: torch.dtype,
+        init_std: float,
+        num_layers: int,
+        exchange: Exchange | None = None,
+    ):
         self.rank, self.size, self.dtype = rank, size, dtype
+        self.exchange = exchange or Exchange()
         self.normal = normal(init_std)
         self.residual_normal = normal(init_std / (2 * num_layers) ** 0.5)  # adds to the stream (Radford et al. 2019)
 
@@ -86,13 +124,15 @@ class Shard(ABC):
         segments: Sequence[int] | None = None,
         decay: bool = False,
         active: float = 1.0,
+        over: Literal["tensor", "expert"] = "tensor",
     ) -> Parameter:
-        """This rank's part of a parameter of `shape`: all of it, or its share of dim `split`.
+        """This rank's part of a parameter of `shape`: all of it, or its share of dim `split` over a group.
 
         A fused dim is cut segment by segment (`segments` sum to its length), so that every rank holds its share of
-        each. Raises UserError where a segment does not divide by the tensor size.
+        each. Raises UserError where a segment does not divide by the group's size.
         """
         shape = tuple(shape)
+        rank, ranks = (self.rank, self.size) if over == "tensor" else (self.exchange.rank, self.exchange.size)
         if split is None:
             zeros = (0,) * len(shape)
             boxes, local = [Box(zeros, shape, zeros)], shape
@@ -101,11 +141,12 @@ class Shard(ABC):
             assert sum(segments) == shape[split], (shape, segments)
             boxes, at, base = [], 0, 0
             for n in segments:
-                if n % self.size:
-                    raise UserError(f"a width of {n} cannot be split over tensor={self.size}; choose a divisor of {n}")
-                share = n // self.size
+                if n % ranks:
+                    what = "a width of" if over == "tensor" else "num_experts ="
+                    raise UserError(f"{what} {n} cannot be split over {over}={ranks}; choose a divisor of {n}")
+                share = n // ranks
                 local, whole = [0] * len(shape), [0] * len(shape)
-                local[split], whole[split] = at, base + self.rank * share
+                local[split], whole[split] = at, base + rank * share
                 size = (*shape[:split], share, *shape[split + 1 :])
                 boxes.append(Box(tuple(local), size, tuple(whole)))
                 at, base = at + share, base + n
@@ -113,7 +154,7 @@ class Shard(ABC):
         parameter = Parameter(torch.empty(local))
         replicated = split is None
         parameter.place = Place(
-            shape, tuple(boxes), not replicated or self.rank == 0, replicated, init, decay, active
+            shape, tuple(boxes), not replicated or self.rank == 0, replicated, init, decay, active, over == "expert"
         )
         return parameter
 
@@ -125,9 +166,15 @@ class Shard(ABC):
     def leave(self, y_BTD: Tensor) -> Tensor:
         """Branch -> stream: the sum of the ranks' partial outputs."""
 
-    @abstractmethod
-    def enter_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`F.linear(enter(x), weight, bias)`, keeping only the stream's slice of x for backward."""
+    def linear(self, x: Tensor, weight: nn.Parameter, bias: Tensor | None = None) -> Tensor:
+        """`F.linear` in x's dtype."""
+        if self.deferred is not None:
+            return self.deferred.linear(x, weight, bias)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def enter_linear(self, x: Tensor, weight: nn.Parameter, bias: Tensor | None) -> Tensor:
+        """`linear(enter(x), weight, bias)`."""
+        return self.linear(self.enter(x), weight, bias)
 
     @abstractmethod
     def copy(self, x: Tensor) -> Tensor:
@@ -151,19 +198,22 @@ class Shard(ABC):
 
 
 class Whole(Shard):
-    """A single process: nothing is split, nothing is communicated."""
+    """A tensor group of one: nothing is split over it, nothing communicated."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32, init_std: float = 0.02, num_layers: int = 1):
-        super().__init__(0, 1, dtype, init_std, num_layers)
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.float32,
+        init_std: float = 0.02,
+        num_layers: int = 1,
+        exchange: Exchange | None = None,
+    ):
+        super().__init__(0, 1, dtype, init_std, num_layers, exchange)
 
     def enter(self, x: Tensor) -> Tensor:
         return x
 
     def leave(self, y_BTD: Tensor) -> Tensor:
         return y_BTD
-
-    def enter_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias)
 
     def copy(self, x: Tensor) -> Tensor:
         return x

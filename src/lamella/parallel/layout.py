@@ -7,26 +7,52 @@ import dataclasses
 
 import torch
 
-from lamella.config import ModelConfig, RunConfig
+from lamella.channels.moe import Config as MoE
+from lamella.config import LayoutConfig, ModelConfig, RunConfig
 from lamella.errors import UserError
+from lamella.model.cuts import check_cuts, cut, layer_costs
 from lamella.model.lm import LanguageModel
-from lamella.nn.shard import Whole
+from lamella.model.stack import plan_layers
+from lamella.model.stage import Stage, make_stages
+from lamella.nn.rows import Recompute
+from lamella.nn.shard import Exchange, Whole
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Rank r of the world is rank r % tensor of its tensor group and rank r // tensor of its data group."""
+    """Ranks count through the tensor group first, then data, then pipeline: r = t + tensor * (d + data * p).
+
+    The expert group is made of neighbours among the ranks of one pipeline rank. `stages` are all of the pipeline's.
+    """
 
     tensor: int
     data: int
+    pipeline: int
+    expert: int
     sequence_parallel: bool
+    schedule: str
+    stages: tuple[Stage, ...]
     zero: int
+    offload_optimizer: bool
+    recompute: Recompute
     micro_batch: int
     global_batch_size: int
 
     @property
     def world(self) -> int:
-        return self.tensor * self.data
+        return self.tensor * self.data * self.pipeline
+
+    def __str__(self) -> str:
+        words = [f"tensor {self.tensor}" + (", sequence parallel" if self.sequence_parallel else "")]
+        if self.pipeline > 1:
+            words.append(f"pipeline {self.pipeline} ({self.schedule}, {len(self.stages)} stages)")
+        words.append(f"data {self.data}")
+        if self.expert > 1:
+            words.append(f"with expert {self.expert}")
+        others = [f"ZeRO {self.zero}" + (", offloaded" if self.offload_optimizer else "")]
+        if self.recompute != "none":
+            others.append(f"{self.recompute} recomputation")
+        return ", ".join([" x ".join(words).replace(" x with", " with"), *others])
 
     def micro_batches(self, data_rank: int) -> list[range]:
         """The rows of a step that a data rank computes, in the pieces that it computes them in."""
@@ -34,20 +60,20 @@ class Layout:
         first = data_rank * share
         return [range(r, r + self.micro_batch) for r in range(first, first + share, self.micro_batch)]
 
+    def rank_of(self, stage: int) -> int:
+        """The pipeline rank that holds a stage: round and round, or for zbv there and back."""
+        turn, place = divmod(stage, self.pipeline)
+        return self.pipeline - 1 - place if self.schedule == "zbv" and turn else place
+
+    def stages_of(self, pipeline_rank: int) -> tuple[Stage, ...]:
+        """The stages that a pipeline rank holds, in their order."""
+        return tuple(stage for stage in self.stages if self.rank_of(stage.index) == pipeline_rank)
+
 
 def resolve(run: RunConfig, world: int) -> Layout:
     """The layout of `run` on `world` processes. Raises UserError where it does not fit them, the batch or the model."""
     wanted, train = run.layout, run.train
-    if wanted.data is None and world % wanted.tensor:
-        raise UserError(
-            f"layout: tensor={wanted.tensor} does not divide {world} processes; start a multiple of {wanted.tensor}"
-        )
-    data = wanted.data or world // wanted.tensor
-    if wanted.tensor * data != world:
-        raise UserError(
-            f"layout: tensor={wanted.tensor} x data={data} needs {wanted.tensor * data} processes, there are {world};"
-            " start as many, or leave layout.data out"
-        )
+    data = _data(wanted, world)
     at_once = data * wanted.micro_batch
     if train.global_batch_size % at_once:
         near = max(1, round(train.global_batch_size / at_once)) * at_once
@@ -61,20 +87,96 @@ def resolve(run: RunConfig, world: int) -> Layout:
             f"layout: sequence_parallel splits train.sequence_length={train.sequence_length} over"
             f" tensor={wanted.tensor}; the nearest length that divides is {near}"
         )
-    check_model(run.model, wanted.tensor)
+    _check_experts(run.model, wanted, data)
+    _check_zero(wanted)
+    check_model(run.model, wanted)
     return Layout(
         wanted.tensor,
         data,
+        wanted.pipeline,
+        wanted.expert,
         wanted.sequence_parallel and wanted.tensor > 1,
+        wanted.schedule,
+        _stages(run, train.global_batch_size // at_once),
         wanted.zero,
+        wanted.offload_optimizer,
+        wanted.recompute,
         wanted.micro_batch,
         train.global_batch_size,
     )
 
 
-def check_model(model: ModelConfig, tensor: int) -> None:
-    """Lays the model out, on the meta device, as one of `tensor` ranks. Raises UserError where they do not divide."""
-    shard = Whole()
-    shard.size = tensor
+def check_model(model: ModelConfig, layout: LayoutConfig) -> None:
+    """Lays the model out, on the meta device, as one rank. Raises UserError where its sizes do not divide."""
+    shard = Whole(exchange=Exchange(0, layout.expert))
+    shard.size = layout.tensor
     with torch.device("meta"):
         LanguageModel(model, shard)
+
+
+def stage_count(layout: LayoutConfig) -> int:
+    """How many stages the pipeline's schedule has."""
+    return layout.pipeline * {"interleaved": layout.stages_per_rank, "zbv": 2}.get(layout.schedule, 1)
+
+
+def _data(wanted: LayoutConfig, world: int) -> int:
+    others = wanted.tensor * wanted.pipeline
+    words = f"tensor={wanted.tensor}" + (f" x pipeline={wanted.pipeline}" if wanted.pipeline > 1 else "")
+    if wanted.data is None and world % others:
+        raise UserError(f"layout: {words} does not divide {world} processes; start a multiple of {others}")
+    data = wanted.data or world // others
+    if others * data != world:
+        raise UserError(
+            f"layout: {words} x data={data} needs {others * data} processes, there are {world};"
+            " start as many, or leave layout.data out"
+        )
+    return data
+
+
+def _stages(run: RunConfig, micro_batches: int) -> tuple[Stage, ...]:
+    wanted, layers = run.layout, len(plan_layers(run.model))
+    if wanted.pipeline == 1:
+        return make_stages((), layers)
+    count = stage_count(wanted)
+    if wanted.schedule in ("1f1b", "interleaved") and micro_batches < wanted.pipeline:
+        raise UserError(
+            f"layout: schedule={wanted.schedule} needs at least pipeline={wanted.pipeline} micro-batches a step, there"
+            f" are {micro_batches}; make micro_batch smaller or train.global_batch_size larger"
+        )
+    rounds = max(1, micro_batches // wanted.pipeline)
+    if wanted.schedule == "interleaved" and micro_batches % rounds:
+        near = micro_batches // wanted.pipeline * wanted.pipeline
+        raise UserError(
+            f"layout: schedule=interleaved wants rounds of pipeline={wanted.pipeline} micro-batches or of equally more,"
+            f" not {micro_batches} of them; the nearest number that is: {near}"
+        )
+    if wanted.cuts == "auto":
+        starts = cut(layer_costs(run.model, run.train.sequence_length, wanted.recompute), count)
+    else:
+        starts = wanted.cuts
+        check_cuts(starts, count, layers)
+    return make_stages(starts, layers)
+
+
+def _check_experts(model: ModelConfig, wanted: LayoutConfig, data: int) -> None:
+    if wanted.expert == 1:
+        return
+    if not any(isinstance(plan.channel, MoE) for plan in plan_layers(model)):
+        raise UserError(f"layout: expert={wanted.expert}, but the stack has no mixture of experts; leave expert out")
+    ranks = wanted.tensor * data
+    if ranks % wanted.expert:
+        near = max(n for n in range(1, ranks + 1) if ranks % n == 0 and n <= wanted.expert)
+        raise UserError(
+            f"layout: expert={wanted.expert} does not divide tensor={wanted.tensor} x data={data}; the nearest that"
+            f" does is {near}"
+        )
+
+
+def _check_zero(wanted: LayoutConfig) -> None:
+    if wanted.zero > 1 and wanted.pipeline > 1:
+        raise UserError(
+            f"layout: zero={wanted.zero} splits gradients between the micro-batches of a pipeline, which DeepSpeed"
+            " cannot; with pipeline > 1 take zero=1"
+        )
+    if wanted.zero == 3 and wanted.expert > 1:
+        raise UserError("layout: zero=3 does not split dealt experts (DeepSpeed refuses it); take zero=2, or expert=1")

@@ -89,9 +89,9 @@ def _collect(pipes: list[Connection], processes: list[Any], timeout: float | Non
     values: list[Any] = [None] * len(pipes)
     open_pipes = dict(zip(pipes, range(len(pipes)), strict=True))
     deadline = None if timeout is None else time.monotonic() + timeout
-    while any(p.is_alive() for p in processes):
+    # One look decides and says what to wait for: after a second one nothing may be left to end the wait.
+    while alive := [p.sentinel for p in processes if p.is_alive()]:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        alive = [p.sentinel for p in processes if p.is_alive()]
         for ready in wait([*open_pipes, *alive], timeout=left):
             if ready in open_pipes:
                 _receive(ready, open_pipes, values)
@@ -114,7 +114,7 @@ def _receive(pipe: Any, open_pipes: dict[Any, int], values: list[Any]) -> None:
     try:
         if pipe.poll():
             values[rank] = pickle.loads(pipe.recv_bytes())
-    except EOFError:
+    except (EOFError, OSError):  # it ended, perhaps in mid-sentence
         del open_pipes[pipe]
 
 

@@ -1,27 +1,18 @@
-"""This process among the others: found out from its environment, joined to them in groups."""
+"""This process among the others: joined to them in groups."""
 
 import dataclasses
 import datetime
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from lamella.errors import UserError
 from lamella.parallel import cpu_host
 from lamella.parallel.allocator import keep_memory
 from lamella.parallel.layout import Layout
-
-
-@dataclasses.dataclass(frozen=True)
-class Seat:
-    """Where a launcher (torchrun, `lamella train --nproc`) has put this process."""
-
-    rank: int
-    world: int
-    local_rank: int
-    local_world: int
+from lamella.parallel.seat import Seat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +24,11 @@ class Mesh:
     device: torch.device
     tensor: ProcessGroup
     data: ProcessGroup
-
-    @property
-    def tensor_rank(self) -> int:
-        return self.tensor.rank()
+    pipeline: ProcessGroup
+    model: ProcessGroup  # tensor x pipeline: what holds one copy of the model
+    ends: ProcessGroup | None  # the pipeline's first and last stage; None on a rank that holds neither
+    expert: ProcessGroup
+    expert_data: ProcessGroup  # the ranks that hold the same experts
 
     @property
     def data_rank(self) -> int:
@@ -57,22 +49,9 @@ class Mesh:
         return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item())
 
 
-def find_seat() -> Seat:
-    """Reads what the launcher set; a process started by hand is a world of one. Raises UserError if some is missing."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    found = {name: os.environ[name] for name in names if name in os.environ}
-    if not found:
-        return Seat(0, 1, 0, 1)
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise UserError(f"the launcher set {', '.join(found)} but not {', '.join(missing)}; use torchrun or --nproc")
-    return Seat(*(int(found[name]) for name in names[:4]))
-
-
 def join(seat: Seat, layout: Layout, timeout: float = 1800) -> Mesh:
     """Joins the processes into the groups of the layout. Collectives that take longer than `timeout` seconds fail."""
     import deepspeed
-    from megatron.core import parallel_state
 
     device = cpu_host.device(seat.local_rank)
     if device.type == "cuda":
@@ -82,22 +61,34 @@ def join(seat: Seat, layout: Layout, timeout: float = 1800) -> Mesh:
     else:
         torch.set_num_threads(_threads(seat))
         keep_memory()
-    if seat.world == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "0")
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     deepspeed.init_distributed(
         "nccl" if device.type == "cuda" else "gloo",
         timeout=datetime.timedelta(seconds=timeout),
         auto_mpi_discovery=False,
         verbose=False,
     )
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor, create_gloo_process_groups=False
+    return Mesh(seat, layout, device, **_groups(layout))
+
+
+def _groups(layout: Layout) -> dict[str, Any]:
+    from megatron.core import parallel_state as megatron
+
+    megatron.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=1,
+        create_gloo_process_groups=False,
     )
-    tensor, data = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
-    assert isinstance(tensor, ProcessGroup) and isinstance(data, ProcessGroup)
-    return Mesh(seat, layout, device, tensor, data)
+    return {
+        "tensor": megatron.get_tensor_model_parallel_group(),
+        "data": megatron.get_data_parallel_group(),
+        "pipeline": megatron.get_pipeline_model_parallel_group(),
+        "model": megatron.get_model_parallel_group(),
+        "ends": megatron.get_embedding_group(check_initialized=False),
+        "expert": megatron.get_expert_model_parallel_group(),
+        "expert_data": megatron.get_expert_data_parallel_group(),
+    }
 
 
 def _threads(seat: Seat) -> int:

@@ -12,17 +12,23 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from lamella.nn.shard import Shard, wide
+from lamella.nn.shard import Exchange, Shard, wide
 
 
 class TensorShard(Shard):
     def __init__(
-        self, group: ProcessGroup, sequence_parallel: bool, dtype: torch.dtype, init_std: float, num_layers: int
+        self,
+        group: ProcessGroup,
+        sequence_parallel: bool,
+        dtype: torch.dtype,
+        init_std: float,
+        num_layers: int,
+        exchange: Exchange | None = None,
     ):
-        super().__init__(group.rank(), group.size(), dtype, init_std, num_layers)
+        super().__init__(group.rank(), group.size(), dtype, init_std, num_layers, exchange)
         self.group, self.sequence_parallel = group, sequence_parallel
         # Megatron warns that this wants CUDA_DEVICE_MAX_CONNECTIONS=1 to overlap; `launch/torchrun.sh` sets it.
         linear_with_grad_accumulation_and_async_allreduce.warned = True  # type: ignore[attr-defined]
@@ -38,12 +44,15 @@ class TensorShard(Shard):
         y_TBD = mappings.reduce_scatter_to_sequence_parallel_region(y_BTD.transpose(0, 1), group=self.group)
         return y_TBD.transpose(0, 1)
 
-    def enter_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def enter_linear(self, x: Tensor, weight: nn.Parameter, bias: Tensor | None) -> Tensor:
+        """Keeps only the stream's slice of x, and gathers it again in backward."""
+        if self.deferred is not None:
+            return super().enter_linear(x, weight, bias)
         over_time = self.sequence_parallel
         y = linear_with_grad_accumulation_and_async_allreduce(
             input=x.transpose(0, 1).contiguous() if over_time else x,
-            weight=weight,
-            bias=bias,
+            weight=weight.to(x.dtype),
+            bias=None if bias is None else bias.to(x.dtype),
             gradient_accumulation_fusion=False,
             allreduce_dgrad=not over_time,
             sequence_parallel=over_time,

@@ -32,12 +32,11 @@ def describe(run: RunConfig, layout: Layout) -> str:
     sizes = count(run.model, train.sequence_length)
     per_token = sizes.training_flops / train.sequence_length
     tokens = train.steps * train.global_batch_size * train.sequence_length
-    how = ", sequence parallel" if layout.sequence_parallel else ""
     return "\n".join(
         [
             f"{run.name}: {sizes.parameters:,} parameters, {sizes.active:,} active a token,"
             f" {per_token / 1e6:.1f} MFLOP a token in training",
-            f"layout: {layout.world} processes = tensor {layout.tensor}{how} x data {layout.data}, ZeRO {layout.zero},"
+            f"layout: {layout.world} processes = {layout},"
             f" {len(layout.micro_batches(0))} micro-batches of {layout.micro_batch} rows",
             f"{train.steps} steps of {train.global_batch_size} x {train.sequence_length} tokens = {tokens:,}",
         ]

@@ -2,14 +2,12 @@
 
 import dataclasses
 import math
-
-import torch
+from collections.abc import Iterator
 
 from lamella.data.stream import HeldoutRows
-from lamella.model.lm import LanguageModel
 from lamella.nn.rows import Rows
 from lamella.parallel.mesh import Mesh
-from lamella.train.loss import sum_nats
+from lamella.parallel.passes import MicroBatch, Passes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,16 +17,22 @@ class Evaluation:
     tokens: int
 
 
-@torch.no_grad()
-def evaluate(model: LanguageModel, data: HeldoutRows, mesh: Mesh, limit: int | None = None) -> Evaluation:
+def evaluate(passes: Passes, data: HeldoutRows, mesh: Mesh, limit: int | None = None) -> Evaluation:
     """Over the held-out rows, or their first `limit`, dealt to the data ranks in micro-batches."""
     total = min(limit or data.num_rows, data.num_rows)
-    size, layout = mesh.layout.micro_batch, mesh.layout
-    pieces = [range(r, min(r + size, total)) for r in range(0, total, size)]
-    nats = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    for numbers in pieces[mesh.data_rank :: layout.data]:
-        batch = data.batch(numbers).to(mesh.device)
-        nats += sum_nats(model, batch, Rows(batch.document, batch.position))
+    nats = passes.evaluate(_micro_batches(data, mesh, total))
     tokens = data.target_count(range(total))
-    loss = mesh.sum(nats).item() / layout.tensor / tokens
+    loss = mesh.sum(nats).item() / mesh.layout.tensor / tokens
     return Evaluation(loss, loss / math.log(2) / data.bytes_per_token, tokens)
+
+
+def _micro_batches(data: HeldoutRows, mesh: Mesh, total: int) -> Iterator[MicroBatch]:
+    """As many for every rank, in whole rounds of a pipeline: they meet in collectives. Missing rows are padding."""
+    layout = mesh.layout
+    size = layout.micro_batch
+    round_ = len(layout.micro_batches(0)) if layout.pipeline > 1 else 1
+    count = -(-total // (size * layout.data * round_)) * round_
+    for number in range(count):
+        first = (number * layout.data + mesh.data_rank) * size
+        batch = data.batch(range(min(first, total), min(first + size, total)), pad_to=size).to(mesh.device)
+        yield MicroBatch(batch.tokens, batch.targets, Rows(batch.document, batch.position))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-PARTS = ("data", "forward", "backward", "optimizer")  # of a step, in their order
+PARTS = ("data", "forward", "backward", "pipeline", "optimizer")  # of a step, in their order
 
 
 class History:

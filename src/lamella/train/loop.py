@@ -1,22 +1,26 @@
 """Pretraining, from a validated run to its last checkpoint."""
 
 import signal
+from functools import partial
 from types import FrameType
 
 from lamella.checkpoint import store
 from lamella.config import RunConfig
 from lamella.data.stream import HeldoutRows, TrainRows
 from lamella.errors import EXIT_REQUEUE
+from lamella.nn.record import Record
 from lamella.parallel import layout as layouts
 from lamella.parallel import mesh as meshes
-from lamella.parallel.apply import build_model
+from lamella.parallel.apply import build_model, make_passes
 from lamella.parallel.mesh import Mesh
+from lamella.parallel.seat import find_seat
 from lamella.parallel.zero import Zero
 from lamella.train import state
 from lamella.train.clock import Clock
 from lamella.train.evaluate import evaluate
 from lamella.train.folder import open_folder
-from lamella.train.metrics import Sums, moe_metrics
+from lamella.train.loss import sum_nats
+from lamella.train.metrics import Totals, moe_metrics
 from lamella.train.optimizer import learning_rate, make_optimizer
 from lamella.train.reports import Reports
 from lamella.train.step import accumulate_gradients
@@ -35,6 +39,9 @@ class Run:
             state.check_same_run(newest, config, self.data.fingerprint)
         self.model = build_model(config.model, mesh, train.precision, train.seed)
         self.zero = Zero(self.model, make_optimizer(self.model, train.optimizer), train.optimizer.clip_norm, mesh)
+        loss = partial(sum_nats, self.model.shard)
+        self.passes = make_passes(self.model, self.zero, loss, mesh, train.sequence_length)
+        self.totals = Totals(mesh)
         self.step = 0 if newest is None else state.load(newest, self.zero)
         self.saved = self.step
         self.clock = Clock(mesh.device)
@@ -42,15 +49,15 @@ class Run:
 
     def train_step(self, asked: list[int]) -> bool:
         """One step, reported. Returns whether any process was asked to stop, the same on all."""
-        train, sums = self.config.train, Sums()
+        train, record = self.config.train, Record()
         lr = learning_rate(self.step, train.steps, train.optimizer.lr, train.schedule)
         self.clock.take()
-        nats = accumulate_gradients(self.model, self.data, self.mesh, self.step, train.seed, sums, self.clock)
+        nats = accumulate_gradients(self.passes, self.data, self.mesh, self.step, train.seed, record, self.clock)
         grad_norm = self.zero.step(lr)
         self.clock.mark("optimizer")
-        sums.add("nats", nats)
-        sums.add("stop", nats.new_tensor(float(bool(asked))))
-        total = sums.over_ranks(self.mesh)
+        record.add("nats", nats)
+        record.add("stop", nats.new_tensor(float(bool(asked))))
+        total = self.totals.sum(record.values)
         tokens, seconds = self.data.target_count(self.step), self.clock.take()
         line = {
             "step": self.step,
@@ -72,7 +79,7 @@ class Run:
     def held_out(self) -> dict[str, float]:
         """Held-out loss: over all rows at the end, on the way over as many as the configuration says."""
         limit = None if self.step == self.config.train.steps else self.config.train.evaluate.rows
-        found = evaluate(self.model, self.heldout, self.mesh, limit)
+        found = evaluate(self.passes, self.heldout, self.mesh, limit)
         return {"heldout_loss": found.loss, "heldout_bits_per_byte": found.bits_per_byte}
 
     def save(self) -> None:
@@ -92,7 +99,7 @@ def train(config: RunConfig) -> int:
     SIGTERM and SIGINT let the running step end; all ranks then save the same step, and the code is 75.
     """
     asked = _catch_signals()
-    seat = meshes.find_seat()
+    seat = find_seat()
     layout = layouts.resolve(config, seat.world)
     if seat.rank == 0:
         open_folder(config)

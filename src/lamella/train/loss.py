@@ -3,17 +3,13 @@
 import torch
 from torch import Tensor
 
-from lamella.data.stream import Batch
-from lamella.model.lm import LanguageModel
-from lamella.nn.rows import Rows
+from lamella.nn.shard import Shard
 
 
-def sum_nats(model: LanguageModel, batch: Batch, rows: Rows) -> Tensor:
-    """-log p of every target of the batch, summed, fp64; targets below 0 are none."""
-    logits = model(batch.tokens, rows)
-    wanted_BT = batch.targets >= 0
-    nats_BT = model.shard.cross_entropy(logits, batch.targets.clamp(min=0))
-    return torch.where(wanted_BT, nats_BT, 0).sum(dtype=torch.float64)
+def sum_nats(shard: Shard, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """-log p of every target, summed, fp64, from this rank's columns of the logits; targets below 0 are none."""
+    nats_BT = shard.cross_entropy(logits_BTV, targets_BT.clamp(min=0))
+    return torch.where(targets_BT >= 0, nats_BT, 0).sum(dtype=torch.float64)
 
 
 def step_weight(targets: int, data: int) -> float:

@@ -5,7 +5,8 @@ The same code runs the layout in question and the single process it is compared 
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,156 +14,162 @@ from torch.optim import SGD
 
 from lamella.channels.base import Channel
 from lamella.channels.moe.router import Router
+from lamella.checkpoint.boxes import pieces
 from lamella.config import LayoutConfig, RunConfig
 from lamella.mixers.base import Mixer
 from lamella.model.lm import LanguageModel
+from lamella.nn.record import Record
 from lamella.nn.rows import Rows
-from lamella.nn.shard import Box, placed_parameters
+from lamella.nn.shard import Place, placed_parameters
 from lamella.parallel import mesh as meshes
-from lamella.parallel.apply import build_model, make_shard
+from lamella.parallel.apply import build_model, lay_out, make_passes
 from lamella.parallel.layout import resolve
 from lamella.parallel.mesh import Mesh
+from lamella.parallel.passes import Passes, Sequential
+from lamella.parallel.seat import find_seat
 from lamella.parallel.zero import Zero
 from lamella.train.clock import Clock
-from lamella.train.metrics import Sums
+from lamella.train.loss import sum_nats
+from lamella.train.metrics import Totals
 from lamella.train.optimizer import make_optimizer
 from lamella.train.probe import ProbeRows, given_gradient, perturb
 from lamella.train.step import accumulate_gradients
 
-Named = dict[str, Tensor]
+Held = dict[str, list[tuple[tuple[int, ...], Tensor]]]  # by name, what a process has of it: offset in the whole, block
+Precision = Literal["fp32", "fp64", "bf16"]
 MOMENTUM = 0.9
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """What one process holds of the tensors it reports: boxes of each, by parameter name."""
-
-    shapes: dict[str, tuple[int, ...]]
-    boxes: dict[str, tuple[Box, ...]]
+MARGIN = 1e-6
 
 
 @dataclasses.dataclass
 class Measured:
-    """One process's report. `gradients[s]`, `weights[s]` are local tensors by name, after step s."""
+    """One process's report; `gradients[s]`, `weights[s]` after step s."""
 
-    part: Part
-    initial: Named
+    initial: Held
     outputs: list[dict[str, float]]  # by branch, the sum of squares of what it added to the stream over the step's rows
     losses: list[float]
     norms: list[float]
-    gradients: list[Named]
-    weights: list[Named]
-    adam: list[tuple[str, int, Tensor]]  # key/name, start in the flattened local parameter, fragment
+    gradients: list[Held]
+    weights: list[Held]
+    adam: Held  # key/name
     close_calls: list[str]  # routers whose choice hung on a margin below MARGIN
 
 
-MARGIN = 1e-6
-
-
 def measure(
-    run: RunConfig, layout: LayoutConfig, steps: int, seed: int, rate: tuple[float, float], double: bool = False
+    run: RunConfig,
+    layout: LayoutConfig,
+    steps: int,
+    seed: int,
+    rate: tuple[float, float],
+    precision: Precision = "fp32",
 ) -> Measured:
-    """Runs `steps` steps of SGD with momentum at `rate` (learning rate, clipping norm), then one of AdamW.
+    """Runs `steps` steps of SGD with momentum at `rate` (learning rate, clipping norm), then two of AdamW.
 
-    `double` is the noise floor's run: fp64, one process, no engine.
+    In fp64, the noise floor's run, there is one process and no engine.
     """
-    seat = meshes.find_seat()
+    seat = find_seat()
     mesh = meshes.join(seat, resolve(run.model_copy(update={"layout": layout}), seat.world), timeout=120)
-    model = build_model(run.model, mesh, "fp32", seed)
+    model = build_model(run.model, mesh, "bf16" if precision == "bf16" else "fp32", seed)
     perturb(model, seed)
-    if double:
-        model.double()
-        model.shard.dtype = torch.float64
     data = ProbeRows(run.model.vocab_size, run.train.sequence_length, seed)
-    watch, outputs = CloseCalls(model), Outputs(model)
-    report = Measured(_part(model), _weights(model), [], [], [], [], [], [], watch.found)
-    update = _sgd_double(model, rate) if double else _sgd(model, rate, mesh)
+    watch = CloseCalls(model)
+    watch_outputs(model)
+    optimizer = SGD(model.parameters(), lr=rate[0], momentum=MOMENTUM)
+    stepper = _Double(model, optimizer, rate) if precision == "fp64" else _Engine(run, model, optimizer, rate, mesh)
+    totals = Totals(mesh)
+    report = Measured(_boxed(stepper.parameters()), [], [], [], [], [], {}, watch.found)
     for step in range(steps):
-        nats = accumulate_gradients(model, data, mesh, step, seed, Sums(), Clock(mesh.device))
-        report.losses.append(mesh.sum(nats).item() / mesh.layout.tensor / data.target_count(step))
-        report.outputs.append(outputs.take(mesh))
-        report.gradients.append(_mean_gradients(model, mesh))
-        report.norms.append(update())
-        report.weights.append(_weights(model))
-    if not double:
+        record = Record()
+        nats = accumulate_gradients(stepper.passes, data, mesh, step, seed, record, Clock(mesh.device))
+        report.losses.append(mesh.sum(nats.clone()).item() / mesh.layout.tensor / data.target_count(step))
+        report.outputs.append(_outputs(totals.sum(record.values), mesh))
+        report.gradients.append(_boxed(stepper.gradients()))
+        report.norms.append(stepper.step())
+        report.weights.append(_boxed(stepper.parameters()))
+    if precision != "fp64":
         report.adam = _adam(run, mesh, seed)
     meshes.leave()
     return report
 
 
-def _part(model: LanguageModel) -> Part:
-    places = {n: p.place for n, p in placed_parameters(model)}
-    return Part({n: p.shape for n, p in places.items()}, {n: p.boxes for n, p in places.items()})
+class _Engine:
+    """Steps as training takes them."""
+
+    def __init__(
+        self, run: RunConfig, model: LanguageModel, optimizer: SGD, rate: tuple[float, float], mesh: Mesh
+    ):
+        zero = Zero(model, optimizer, rate[1], mesh)
+        loss = functools.partial(sum_nats, model.shard)
+        self.passes: Passes = make_passes(model, zero, loss, mesh, run.train.sequence_length)
+        self.parameters, self.gradients = zero.parameters, zero.gradients
+        self.step: Callable[[], float] = lambda: zero.step(rate[0])
 
 
-def _weights(model: LanguageModel) -> Named:
-    return {n: p.detach().cpu().clone() for n, p in model.named_parameters()}
+class _Double:
+    """The same in fp64, by torch alone."""
 
+    def __init__(self, model: LanguageModel, optimizer: SGD, rate: tuple[float, float]):
+        model.double()
+        model.shard.dtype = torch.float64
+        self.model, self.optimizer, self.rate = model, optimizer, rate
+        self.passes: Passes = Sequential(model, functools.partial(sum_nats, model.shard))
 
-def _mean_gradients(model: LanguageModel, mesh: Mesh) -> Named:
-    """The whole step's gradients: what the engine will see, averaged over the data group."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone()
-        torch.distributed.all_reduce(grad, group=mesh.data)
-        found[name] = (grad / mesh.layout.data).cpu()
-    return found
+    def parameters(self) -> Iterable[tuple[str, Place, Tensor]]:
+        return [(n, p.place, p.detach().clone()) for n, p in placed_parameters(self.model)]
 
+    def gradients(self) -> Iterable[tuple[str, Place, Tensor]]:
+        found = [(n, p.place, p.grad) for n, p in placed_parameters(self.model)]
+        return [(n, place, grad.clone()) for n, place, grad in found if grad is not None]
 
-def _sgd(model: LanguageModel, rate: tuple[float, float], mesh: Mesh):
-    zero = Zero(model, SGD(model.parameters(), lr=rate[0], momentum=MOMENTUM), rate[1], mesh)
-    return lambda: zero.step(rate[0])
-
-
-def _sgd_double(model: LanguageModel, rate: tuple[float, float]):
-    optimizer = SGD(model.parameters(), lr=rate[0], momentum=MOMENTUM)
-
-    def update() -> float:
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), rate[1])
-        optimizer.step()
-        optimizer.zero_grad()
+    def step(self) -> float:
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.rate[1])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return float(norm)
 
-    return update
+
+def _boxed(tensors: Iterable[tuple[str, Place, Tensor]]) -> Held:
+    return {n: [(b.whole, t[b.local_slices].cpu()) for b in place.boxes] for n, place, t in tensors}
 
 
-def _adam(run: RunConfig, mesh: Mesh, seed: int) -> list[tuple[str, int, Tensor]]:
+def _outputs(totals: dict[str, Tensor], mesh: Mesh) -> dict[str, float]:
+    """Branch outputs are replicas over a tensor group, unless split over time."""
+    times = mesh.layout.tensor if mesh.layout.sequence_parallel else 1
+    return {n.removeprefix(OUTPUT): times * float(v) for n, v in totals.items() if n.startswith(OUTPUT)}
+
+
+def _adam(run: RunConfig, mesh: Mesh, seed: int) -> Held:
     """Masters and moments after two steps of AdamW from given gradients: the engine's work apart from the model's."""
-    model = LanguageModel(run.model, make_shard(run.model, mesh, "fp32")).to(mesh.device)
+    model = lay_out(run.model, mesh, "fp32").to(mesh.device)
     perturb(model, seed)
     optimizer = run.train.optimizer
     zero = Zero(model, make_optimizer(model, optimizer), optimizer.clip_norm, mesh)
     for step in range(2):
-        for name, parameter in placed_parameters(model):
-            parameter.grad = given_gradient(name, parameter.place, step).to(mesh.device)
+        zero.give(functools.partial(given_gradient, step=step))
         zero.step(optimizer.lr)
-    return [
-        (f"{key}/{name}", start, view.cpu().clone())
-        for name, _, start, views in zero.fragments()
-        for key, view in views.items()
-    ]
+    return {
+        f"{key}/{name}": [
+            (at, t.cpu().clone()) for at, t in pieces(v, parameter.place.local_shape, start, parameter.place.boxes)
+        ]
+        for name, parameter, start, views in zero.fragments()
+        for key, v in views.items()
+    }
 
 
-class Outputs:
-    """Sums the squares of every branch's output, so that the first branch whose forward differs can be named."""
+OUTPUT = "output/"
 
-    def __init__(self, model: LanguageModel):
-        self.sums: dict[str, Tensor] = {}
-        for name, module in model.named_modules():
-            if isinstance(module, (Mixer, Channel)):
-                module.register_forward_hook(functools.partial(self._add, name))
 
-    def _add(self, name: str, module: nn.Module, inputs: Any, y: Tensor) -> None:
-        square = y.detach().double().square().sum()
-        self.sums[name] = self.sums[name] + square if name in self.sums else square
+def watch_outputs(model: LanguageModel) -> None:
+    """Records the squares of every branch's output, so that the first branch whose forward differs can be named."""
 
-    def take(self, mesh: Mesh) -> dict[str, float]:
-        """The sums over all rows since the last call. A tensor group holds replicas, unless split over time."""
-        replicas = 1 if mesh.layout.sequence_parallel else mesh.layout.tensor
-        total = mesh.sum(torch.stack(list(self.sums.values()))) / replicas
-        found = dict(zip(self.sums, total.tolist(), strict=True))
-        self.sums = {}
-        return found
+    def look(name: str, module: nn.Module, inputs: Any, y: Tensor) -> None:
+        record = inputs[1].record
+        if record is not None:
+            record.add(OUTPUT + name, y.detach().double().square().sum())
+
+    for name, module in model.named_modules():
+        if isinstance(module, (Mixer, Channel)):
+            module.register_forward_hook(functools.partial(look, name))
 
 
 class CloseCalls:

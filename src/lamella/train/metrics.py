@@ -5,28 +5,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lamella.errors import UserError
 from lamella.parallel.mesh import Mesh
 
 
-class Sums:
-    """Named sums over the micro-batches of a step."""
+class Totals:
+    """Sums over all processes of what each has recorded. Which names there are is told once, in the first call."""
 
-    def __init__(self) -> None:
-        self.values: dict[str, Tensor] = {}
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+        self.shapes: dict[str, torch.Size] = {}
 
-    def add(self, name: str, value: Tensor) -> None:
-        value = value.detach().double()
-        self.values[name] = self.values[name] + value if name in self.values else value
+    def sum(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The sums over the step's rows, on the CPU. The ranks of a tensor group have seen the same rows."""
+        if not self.shapes:
+            self.shapes = self._agree({name: value.shape for name, value in values.items()})
+        zero = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        flat = [values.get(n, zero).expand(shape).reshape(-1) for n, shape in self.shapes.items()]
+        total = (self.mesh.sum(torch.cat(flat)) / self.mesh.layout.tensor).cpu()
+        pieces = total.split([shape.numel() for shape in self.shapes.values()])
+        return {n: p.view(shape) for (n, shape), p in zip(self.shapes.items(), pieces, strict=True)}
 
-    def over_ranks(self, mesh: Mesh) -> dict[str, Tensor]:
-        """The sums over the step's rows, on the CPU. All ranks of a tensor group have seen the same rows."""
-        names = sorted(self.values)
-        flat = mesh.sum(torch.cat([self.values[n].reshape(-1) for n in names])) / mesh.layout.tensor
-        pieces = flat.cpu().split([self.values[n].numel() for n in names])
-        return {n: p.view(self.values[n].shape) for n, p in zip(names, pieces, strict=True)}
+    def _agree(self, mine: dict[str, torch.Size]) -> dict[str, torch.Size]:
+        """All names in one order: the stages of a pipeline record different ones."""
+        everyone: list[dict[str, torch.Size]] = [mine] * self.mesh.layout.world
+        if self.mesh.layout.pipeline > 1:
+            dist.all_gather_object(everyone, mine)
+        return {name: shape for one in everyone for name, shape in one.items()}
 
 
 def moe_metrics(sums: dict[str, Tensor], tokens: int, rows: int) -> dict[str, Any]:

@@ -10,19 +10,21 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from lamella.config import ModelConfig, RunConfig, change
+from lamella.config import LayoutConfig, ModelConfig, RunConfig, change
 from lamella.data.stream import Batch
 from lamella.model.init import cut, generator
 from lamella.model.stack import plan_layers
 from lamella.nn.shard import Place, placed_parameters
+from lamella.parallel.layout import stage_count
 
 ROWS = 16
 LENGTH = 24
 
 
-def shrink_run(run: RunConfig, tensor: int) -> RunConfig:
-    """The run that stands for `run`: small widths, one repeat of each block, and the probe's batch."""
-    return probe_batch(change(run, model=shrink_model(run.model, tensor).model_dump(mode="json")), tensor)
+def shrink_run(run: RunConfig, layout: LayoutConfig) -> RunConfig:
+    """The run that stands for `run` under a layout: small widths, few repeats, and the probe's batch."""
+    model = shrink_model(run.model, layout)
+    return probe_batch(change(run, model=model.model_dump(mode="json")), layout.tensor)
 
 
 def probe_batch(run: RunConfig, tensor: int) -> RunConfig:
@@ -32,15 +34,24 @@ def probe_batch(run: RunConfig, tensor: int) -> RunConfig:
     return change(run, train=train.model_dump(mode="json"))
 
 
-def shrink_model(model: ModelConfig, tensor: int) -> ModelConfig:
-    """Every part at its smallest, every block once: all kinds of layers, in their order."""
-    plans = {plan.name: plan for plan in plan_layers(model)}
+def shrink_model(model: ModelConfig, layout: LayoutConfig) -> ModelConfig:
+    """Every part at its smallest and every kind of layer, in their order.
+
+    Each block once, or as often as gives every stage a layer and one of them two; all of it where the layout cuts the
+    stack by hand.
+    """
+    tensor, stages = layout.tensor, stage_count(layout)
     parts = {}
-    for plan in plans.values():
-        for name, part in zip(plan.name.split("/"), (plan.mixer, plan.channel), strict=True):
-            if part is not None:
-                parts[name] = part.shrink(tensor).model_dump(mode="json")
-    stack = [change(block, repeat=1).model_dump(mode="json") for block in model.stack]
+    for plan in {plan.name: plan for plan in plan_layers(model)}.values():
+        mixer, channel = plan.name.split("/")
+        if plan.mixer is not None:
+            parts[mixer] = plan.mixer.shrink(tensor).model_dump(mode="json")
+        if plan.channel is not None:
+            parts[channel] = plan.channel.shrink(tensor, layout.expert).model_dump(mode="json")
+    once = sum(len(block.layers) for block in model.stack)
+    repeat = -(-(stages + 1) // once) if stages > 1 else 1
+    by_hand = layout.cuts != "auto"
+    stack = [change(b, repeat=b.repeat if by_hand else repeat).model_dump(mode="json") for b in model.stack]
     d_model = 16 if 16 % tensor == 0 else 4 * tensor
     return change(
         model, d_model=d_model, vocab_size=32 * tensor, parts=parts, stack=stack, dropout=model.dropout or 0.1

@@ -25,7 +25,7 @@ def tensors(zero: Zero) -> dict[str, Pieces]:
     for name, parameter, start, views in zero.fragments():
         place = parameter.place
         for key, view in views.items():
-            held = pieces(view, tuple(parameter.shape), start, place.boxes)
+            held = pieces(view, place.local_shape, start, place.boxes)
             found[f"{key}/{name}"] = Pieces(place.shape, torch.float32, held, place.owner)
     return found
 

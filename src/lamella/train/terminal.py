@@ -14,7 +14,7 @@ from rich.live import Live
 from lamella.config import RunConfig
 from lamella.model.count import count
 from lamella.parallel.layout import resolve
-from lamella.parallel.mesh import find_seat
+from lamella.parallel.seat import find_seat
 from lamella.train.screen import Screen, clock
 
 REFRESH = 4  # a second
@@ -110,5 +110,4 @@ def _heldout(line: dict[str, Any]) -> str:
 def _title(config: RunConfig) -> str:
     sizes, layout = count(config.model, config.train.sequence_length), resolve(config, find_seat().world)
     active = f" ({sizes.active:,} active)" if sizes.active < sizes.parameters else ""
-    how = ", sequence parallel" if layout.sequence_parallel else ""
-    return f"{config.name}   {sizes.parameters:,} parameters{active}   tensor {layout.tensor}{how} x data {layout.data}"
+    return f"{config.name}   {sizes.parameters:,} parameters{active}   {layout}"

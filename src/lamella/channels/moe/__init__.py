@@ -47,10 +47,10 @@ class Config(ChannelConfig):
         routed = mlp_flops(self.activation, d_model, self.d_ff, length * self.top_k)
         return router + routed + mlp_flops(self.activation, d_model, self.shared_d_ff, length)
 
-    def shrink(self, tensor: int) -> "Config":
+    def shrink(self, tensor: int, expert: int) -> "Config":
         return change(
             self,
-            num_experts=min(self.num_experts, max(4, self.top_k + 1)),
+            num_experts=min(self.num_experts, -(-max(4, self.top_k + 1) // expert) * expert),
             d_ff=8 * tensor,
             shared_d_ff=8 * tensor if self.shared_d_ff else 0,
             jitter=self.jitter or 0.1,
@@ -75,9 +75,13 @@ class MoE(Channel):
 
     def forward(self, x_BTD: Tensor, rows: Rows) -> Tensor:
         x_BTD = self.shard.enter(x_BTD)
-        slots = dispatch(self.router(x_BTD, rows), self.config.num_experts)
-        y_BTD = slots.scatter(self.experts(slots.gather(x_BTD), slots.counts), x_BTD)
+        dealt = self.shard.exchange.size > 1  # then no rank of the tensor group sends a token that another sends
+        mine = (self.shard.rank, self.shard.size) if dealt else (0, 1)
+        slots = dispatch(self.router(x_BTD, rows), self.config.num_experts, *mine)
+        experts = lambda x_ND, counts: self.experts(x_ND, counts, rows)  # noqa: E731
+        y_ND = self.shard.exchange.through(experts, slots.gather(x_BTD), slots.counts)
+        y_BTD = slots.scatter(y_ND, x_BTD)
         if self.shared_in is not None and self.shared_out is not None:
             h = self.shared_in(x_BTD)
-            y_BTD = y_BTD + self.shared_out(activate(self.config.activation, *h))
+            y_BTD = y_BTD + self.shared_out(rows.core(activate, self.config.activation, *h))
         return self.shard.leave(y_BTD)

@@ -26,8 +26,12 @@ class Dispatch:
         return flat.index_add(0, self.token_N, weighted).view_as(like_BTD)
 
 
-def dispatch(routing: Routing, num_experts: int) -> Dispatch:
+def dispatch(routing: Routing, num_experts: int, rank: int = 0, ranks: int = 1) -> Dispatch:
+    """The filled slots of all tokens, or of the share that falls to one of several ranks: every `ranks`-th token."""
     expert_N = routing.expert_BTS.flatten()
+    if ranks > 1:
+        token_N = torch.arange(len(expert_N), device=expert_N.device) // routing.expert_BTS.shape[-1]
+        expert_N = torch.where(token_N % ranks == rank, expert_N, num_experts)
     counts = torch.bincount(expert_N, minlength=num_experts + 1).tolist()[:num_experts]
     order_N = expert_N.argsort(stable=True)[: sum(counts)]  # the empty slots carry number E and sort last
     return Dispatch(order_N // routing.expert_BTS.shape[-1], routing.weight_BTS.flatten()[order_N], counts)

@@ -75,11 +75,11 @@ class Router(nn.Module):
     def _record(self, rows: Rows, load_BE: Tensor, kept_BTS: Tensor, chance_BTE: Tensor, aux_B: Tensor, z_B: Tensor):
         assert rows.record is not None
         entropy = -(chance_BTE * (chance_BTE + 1e-9).log()).sum(-1)
-        rows.record(f"{self.place}/load", load_BE.sum(0))
-        rows.record(f"{self.place}/kept", kept_BTS.sum())
-        rows.record(f"{self.place}/entropy", (entropy * rows.real_BT).sum())
-        rows.record(f"{self.place}/aux_loss", aux_B.sum())
-        rows.record(f"{self.place}/z_loss", z_B.sum())
+        rows.record.add(f"{self.place}/load", load_BE.sum(0))
+        rows.record.add(f"{self.place}/kept", kept_BTS.sum())
+        rows.record.add(f"{self.place}/entropy", (entropy * rows.real_BT).sum())
+        rows.record.add(f"{self.place}/aux_loss", aux_B.sum())
+        rows.record.add(f"{self.place}/z_loss", z_B.sum())
 
 
 def count(expert_BTS: Tensor, num_experts: int) -> Tensor:

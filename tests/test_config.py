@@ -19,6 +19,8 @@ def test_a_group_may_be_named_or_written_in_place(tmp_path):
     for group, name in (("model", "jamba-nano"), ("train", "quickstart")):
         config = load_run(RUN, [f"{group}={name}"])
         assert config == load_run(RUN)
+    config = load_run(RUN, ["model.norm_eps=1e-5", "model=jamba-v0.1"])  # in either order
+    assert (config.model.d_model, config.model.norm_eps) == (4096, 1e-5)
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "mine.yaml").write_text("name: mine\nmodel: jamba-nano\ndata: stdlib\ntrain: quickstart\n")
@@ -32,6 +34,7 @@ MISTAKES = [
     (["train.steps=-3"], "train.steps: input should be greater than 0, got -3"),
     (["train.steps=many"], "train.steps: input should be a valid integer, got \"many\""),
     (["train.steps='8'"], "train.steps: input should be a valid integer"),
+    (["name=off"], "put it in quotes"),
     (["model.d_model=0"], "model.d_model: input should be greater than 0"),
     (["name=../up"], "name: string should match pattern"),
     (["model=jambo-nano"], "jamba-nano"),
@@ -76,6 +79,7 @@ def test_files_that_are_none(tmp_path):
 
 def test_layout_words():
     assert parse_layout("tensor=2,sequence_parallel=true").tensor == 2
+    assert parse_layout("pipeline=2,cuts=[1,3],data=2").cuts == (1, 3)
     with pytest.raises(UserError, match=r"did you mean tensor\?"):
         parse_layout("tenser=2")
 

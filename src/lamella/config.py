@@ -177,10 +177,14 @@ def load_run(file: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> R
     """
     file = Path(file)
     tree = _read(file)
-    changes = _parse(overrides)
+    # Apart: in one tree model.key=... would replace model=NAME.
+    names = [word for word in overrides if word.split("=")[0] in GROUPS]
+    chosen, changes = _parse(names), _parse([word for word in overrides if word not in names])
     for group in GROUPS:
-        if isinstance(OmegaConf.select(changes, group), str):  # model=NAME
-            tree[group] = changes.pop(group)
+        if isinstance(chosen.get(group), str):
+            tree[group] = chosen.pop(group)
+    changes = _merge(chosen, changes)
+    for group in GROUPS:
         if isinstance(tree.get(group), str):
             tree[group] = _read(_group_file(file, group, tree[group]))
     return _validate(RunConfig, _merge(tree, changes), file)
@@ -282,7 +286,8 @@ def _explain(kind: type[BaseModel], error: Any) -> str:
         return f"{key}: missing; the file must set it"
     message = error["msg"].removeprefix("Value error, ")
     given = json.dumps(error["input"], default=str)
-    return f"{key}: {message[0].lower()}{message[1:]}" + (f", got {given}" if len(given) < 60 else "")
+    quote = "; in YAML, put it in quotes" if error["type"] == "string_type" else ""
+    return f"{key}: {message[0].lower()}{message[1:]}" + (f", got {given}{quote}" if len(given) < 60 else "")
 
 
 def _keys(kind: type[BaseModel], path: list[str]) -> list[str]:

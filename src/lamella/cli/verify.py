@@ -23,7 +23,7 @@ def verify(
     steps: Annotated[int, typer.Option(min=1)] = 3,
     full: Annotated[bool, typer.Option("--full", help="the model as it is, not shrunk; it must fit")] = False,
     precision: Annotated[str, typer.Option(help="fp32, or bf16 at its own distance from fp32")] = "fp32",
-    as_json: Annotated[bool, typer.Option("--json", help="a machine-readable report")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line, for each comparison")] = False,
 ) -> None:
     """Compare losses, gradients, weights and optimizer state of a layout with one process's, with 1 and 4 micro-
     batches, or 8 in a pipeline.
@@ -55,15 +55,15 @@ def verify(
             _introduce(reference, full)
         for count in verification.micro_batch_counts(wanted):
             reports.append(verification.compare(reference, wanted, count))
-            if not as_json:
+            if as_json:
+                print(json.dumps(_plain(reports[-1])), flush=True)
+            else:
                 _show(reports[-1], brief=every)
         if every and not as_json and number % 10 == 0:
             left = (time.monotonic() - began) * (len(layouts) / number - 1)
             print(f"{number} of {len(layouts)} layouts, about {left / 60:.0f} minutes left", flush=True)
     failed = [report for report in reports if not report.passed]
-    if as_json:
-        print(json.dumps([_plain(report) for report in reports]))
-    elif len(reports) > 1:
+    if len(reports) > 1 and not as_json:
         print(f"{len(reports) - len(failed)} of {len(reports)} equal")
         for report in failed:
             print(f"not equal: {report.name()}: {report.verdict()}")

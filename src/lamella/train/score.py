@@ -16,7 +16,7 @@ import torch
 
 from lamella.config import DataConfig, SourceConfig
 from lamella.data import sources
-from lamella.data.manifest import MODEL, open_prepared
+from lamella.data.manifest import MODEL, open_prepared, read_manifest
 from lamella.data.pack import plan_epoch
 from lamella.data.stream import HeldoutRows
 from lamella.data.tokenizer import Tokenizer
@@ -52,7 +52,8 @@ class StoredRows(HeldoutRows):
 
 def prepared_rows(data: DataConfig, split: Literal["heldout", "train"], restored: Restored) -> HeldoutRows:
     """The rows of a split. Raises UserError: as `open_prepared`, or prepared with another tokenizer than the run's."""
-    prepared = open_prepared(data)
+    used = read_manifest(Path(data.path)).config.tokenizer  # whatever `data` says: the run's is what counts
+    prepared = open_prepared(data.model_copy(update={"tokenizer": used}))
     if prepared.tokenizer.fingerprint != restored.tokenizer.fingerprint:
         own = Path(restored.run.data.path) / MODEL
         raise UserError(f"{data.path}: its tokens are another tokenizer's; prepare it with tokenizer.model={own}")

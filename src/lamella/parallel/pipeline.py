@@ -8,7 +8,9 @@ schedule asks for them where the pipeline would stand idle. Everything else's gr
 """
 
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +29,7 @@ SCHEDULES = {
     "interleaved": pipelining.ScheduleInterleaved1F1B,
     "zbv": pipelining.ScheduleZBVZeroBubble,
 }
+AHEAD = 8  # tensors that evaluation may have sent and not yet seen arrive
 
 
 class Pipeline:
@@ -34,17 +37,18 @@ class Pipeline:
 
     def __init__(self, model: LanguageModel, loss: Loss, mesh: Mesh, length: int):
         layout = mesh.layout
-        self.loss, self.device = loss, mesh.device
+        self.model, self.loss, self.mesh, self.length, self.device = model, loss, mesh, length, mesh.device
         self.count = len(layout.micro_batches(0))
         self.batches: list[MicroBatch] = []
         self.weight = 1.0
         self.total = torch.zeros((), dtype=torch.float64, device=mesh.device)
+        self.held: dict[int, _Held] = {}
         if layout.schedule == "zbv":
             model.shard.deferred = WeightGradients()
-        stages = [self._stage(model, stage, mesh, length) for stage in model.stages]
+        stages = [self._stage(stage) for stage in model.stages]
         self.first, self.last = any(s.first for s in model.stages), any(s.last for s in model.stages)
         # A tied weight lies at both ends of the pipeline: as one where they meet (zbv), else as two copies.
-        self.tied, self.ends = None, mesh.ends
+        self.tied = None
         if model.config.tie_embeddings and self.first != self.last:
             self.tied = model.embedding.weight
         kind = SCHEDULES[layout.schedule]
@@ -57,64 +61,83 @@ class Pipeline:
         )
 
     def train(self, batches: Iterable[MicroBatch], weight: float, mark: Callable[[str], None]) -> Tensor:
-        self._begin(list(batches), weight)
-        self._run(self.schedule.step, return_outputs=False)
+        self.batches, self.weight = list(batches), weight
+        self.total = torch.zeros_like(self.total)
+        numbers = torch.arange(self.count)
+        first = (numbers,) if self.first else ()
+        target = {"target": numbers} if self.last else {}
+        self.schedule.step(*first, number=numbers, return_outputs=False, **target)
         if self.tied is not None and self.tied.grad is not None:
-            dist.all_reduce(self.tied.grad, group=self.ends)
+            dist.all_reduce(self.tied.grad, group=self.mesh.ends)
         mark("pipeline")
         self.batches = []
         return self.total
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
-        total = torch.zeros_like(self.total)
-        waiting = list(batches)
-        assert len(waiting) % self.count == 0, (len(waiting), self.count)
-        for at in range(0, len(waiting), self.count):
-            self._begin(waiting[at : at + self.count], 1.0)
-            self._run(self.schedule.eval, return_outputs=False)
-            total += self.total
-        self.batches = []
+        """Forward alone, by our own hands: torch's schedules cannot leave backward out where stages share a process."""
+        total, sent = torch.zeros_like(self.total), deque[tuple[Any, Tensor]]()
+        for batch in batches:
+            values: tuple[Tensor, ...] = (batch.tokens,)
+            for stage in self.model.stages:
+                held = self.held[stage.index]
+                if not stage.first and not self._is_here(stage.index - 1):
+                    values = self._receive(stage)
+                values = held.run(batch, *values)
+                if stage.last:
+                    total += self.loss(values[0], batch.targets)
+                elif not self._is_here(stage.index + 1):
+                    sent += self._send(stage, values)
+                while len(sent) > AHEAD:
+                    sent.popleft()[0].wait()
+        for work, _ in sent:
+            work.wait()
         return total
 
-    def _begin(self, batches: list[MicroBatch], weight: float) -> None:
-        self.batches, self.weight = batches, weight
-        self.total = torch.zeros_like(self.total)
+    def _is_here(self, stage: int) -> bool:
+        return any(held.index == stage for held in self.model.stages)
 
-    def _run(self, function: Callable[..., object], **options: bool) -> None:
-        numbers = torch.arange(self.count)
-        first = (numbers,) if self.first else ()
-        target = {"target": numbers} if self.last else {}
-        function(*first, number=numbers, **target, **options)
+    def _receive(self, stage: Stage) -> tuple[Tensor, ...]:
+        source = dist.get_global_rank(self.mesh.pipeline, self.mesh.layout.rank_of(stage.index - 1))
+        values = tuple(torch.empty_like(t, device=self.device, requires_grad=False) for t in self._edge(stage))
+        for value in values:
+            dist.recv(value, source, group=self.mesh.pipeline)
+        return values
+
+    def _send(self, stage: Stage, values: tuple[Tensor, ...]) -> list[tuple[Any, Tensor]]:
+        """The works, with what must live until they are done."""
+        target = dist.get_global_rank(self.mesh.pipeline, self.mesh.layout.rank_of(stage.index + 1))
+        return [(dist.isend(value, target, group=self.mesh.pipeline), value) for value in values]
 
     def _weighted_loss(self, logits_BTV: Tensor, number: Tensor) -> Tensor:
         loss = self.loss(logits_BTV, self.batches[int(number)].targets)
         self.total += loss.detach()
         return loss * self.weight
 
-    def _stage(self, model: LanguageModel, stage: Stage, mesh: Mesh, length: int) -> pipelining.PipelineStage:
+    def _edge(self, into: Stage) -> tuple[Tensor, ...]:
+        """What travels into a stage, as tensors without content: the stream, and what is carried beside it."""
+        layout, share = self.mesh.layout, self.model.shard.size
+        stream = self._empty(self.length // (share if layout.sequence_parallel else 1), self.model.config.d_model)
+        carried = carried_into(self.model.config, into).values()
+        return (stream, *(self._empty(self.length, width // share) for width in carried))
+
+    def _empty(self, time: int, width: int) -> Tensor:
+        size, dtype = self.mesh.layout.micro_batch, self.model.shard.dtype
+        return torch.empty(size, time, width, dtype=dtype, device="meta", requires_grad=True)
+
+    def _stage(self, stage: Stage) -> pipelining.PipelineStage:
         """With the shapes that it takes and gives: else torch would run the model once on nothing to find them."""
-        layout, config = mesh.layout, model.config
-        size, share = layout.micro_batch, model.shard.size
-        number = torch.zeros(1, dtype=torch.long)
-
-        def tensor(time: int, width: int) -> Tensor:
-            return torch.empty(size, time, width, dtype=model.shard.dtype, device="meta", requires_grad=True)
-
-        def edge(into: Stage) -> tuple[Tensor, ...]:
-            stream = tensor(length // (share if layout.sequence_parallel else 1), config.d_model)
-            return (stream, *(tensor(length, width // share) for width in carried_into(config, into).values()))
-
-        following = None if stage.last else layout.stages[stage.index + 1]
-        deferred = model.shard.deferred
+        following = None if stage.last else self.mesh.layout.stages[stage.index + 1]
+        held = self.held[stage.index] = _Held(self, self.model, stage, following)
+        deferred, logits = self.model.shard.deferred, self.model.config.vocab_size // self.model.shard.size
         return pipelining.PipelineStage(
-            _Held(self, model, stage, following),
+            held,
             stage.index,
             stage.count,
-            mesh.device,
-            input_args=number if stage.first else edge(stage),
-            output_args=tensor(length, config.vocab_size // share) if following is None else edge(following),
-            group=mesh.pipeline,
+            self.device,
+            input_args=torch.zeros(1, dtype=torch.long) if stage.first else self._edge(stage),
+            output_args=self._empty(self.length, logits) if following is None else self._edge(following),
+            group=self.mesh.pipeline,
             dw_builder=None if deferred is None else deferred.take,
         )
 
@@ -128,8 +151,13 @@ class _Held(nn.Module):
         self.taken = list(carried_into(model.config, stage))
         self.given = [] if following is None else list(carried_into(model.config, following))
 
-    def forward(self, x: Tensor, *carried: Tensor, number: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, *values: Tensor, number: Tensor) -> Tensor | tuple[Tensor, ...]:
         batch = self.pipeline.batches[int(number)]
+        y, *carried = self.run(batch, *((batch.tokens,) if self.stage.first else values))
+        return (y, *carried) if carried else y
+
+    def run(self, batch: MicroBatch, x: Tensor, *carried: Tensor) -> tuple[Tensor, ...]:
+        """The stream, or tokens, and what is carried; into what the next stage takes, or logits."""
         rows = dataclasses.replace(batch.rows, carried=dict(zip(self.taken, carried, strict=True)))
-        y = self.model.run(self.stage, batch.tokens if self.stage.first else x, rows).contiguous()
-        return (y, *(rows.carried[name].contiguous() for name in self.given)) if self.given else y
+        y = self.model.run(self.stage, x, rows)
+        return (y.contiguous(), *(rows.carried[name].contiguous() for name in self.given))

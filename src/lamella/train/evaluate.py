@@ -27,12 +27,9 @@ def evaluate(passes: Passes, data: HeldoutRows, mesh: Mesh, limit: int | None = 
 
 
 def _micro_batches(data: HeldoutRows, mesh: Mesh, total: int) -> Iterator[MicroBatch]:
-    """As many for every rank, in whole rounds of a pipeline: they meet in collectives. Missing rows are padding."""
-    layout = mesh.layout
-    size = layout.micro_batch
-    round_ = len(layout.micro_batches(0)) if layout.pipeline > 1 else 1
-    count = -(-total // (size * layout.data * round_)) * round_
-    for number in range(count):
-        first = (number * layout.data + mesh.data_rank) * size
+    """As many for every rank, which may meet in collectives. Missing rows are padding."""
+    size, ranks = mesh.layout.micro_batch, mesh.layout.data
+    for number in range(-(-total // (size * ranks))):
+        first = (number * ranks + mesh.data_rank) * size
         batch = data.batch(range(min(first, total), min(first + size, total)), pad_to=size).to(mesh.device)
         yield MicroBatch(batch.tokens, batch.targets, Rows(batch.document, batch.position))

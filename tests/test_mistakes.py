@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lamella.cli import main as command
 from lamella.config import change, dump
+from tests.commands import call
 from tests.corpus import prepare_corpus, tiny_run
 
 
@@ -30,18 +30,6 @@ def home(made, tmp_path):
     text = (tmp_path / "run.yaml").read_text().replace(str(made), str(tmp_path))
     (tmp_path / "run.yaml").write_text(text)
     return tmp_path
-
-
-def call(*words) -> int:
-    """The command line in this process. Returns its exit code."""
-    given, sys.argv = sys.argv, ["lamella", *map(str, words)]
-    try:
-        command.main()
-    except SystemExit as done:
-        return int(done.code or 0)
-    finally:
-        sys.argv = given
-    return 0
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -73,6 +61,11 @@ CONFIGURATION = [
     (["layout.tensor=3"], ["tensor=3", "2 processes"]),
     (["layout.tensor=2", "layout.data=2"], ["needs 4 processes, there are 2"]),
     (["layout.tensor=2", "model.vocab_size=513"], ["513", "tensor=2"]),
+    (["layout.pipeline=2", "layout.schedule=zbv"], ["4 pipeline stages for 2 layers", "choose 2 or fewer"]),
+    (["layout.pipeline=2", "layout.cuts=[2]"], ["cuts=[2]", "begin at 1 to 1"]),
+    (["layout.pipeline=2", "layout.micro_batch=8"], ["schedule=1f1b", "at least pipeline=2 micro-batches"]),
+    (["layout.expert=3"], ["expert=3", "tensor=1 x data=2", "the nearest that does is 2"]),
+    (["layout.pipeline=2", "layout.zero=2"], ["zero=2", "take zero=1"]),
     (["layout.micro_batch=3"], ["global_batch_size=8", "the nearest that can is 6"]),
     (["layout.tensor=2", "layout.sequence_parallel=true", "train.sequence_length=63"], ["sequence_length=63"]),
     (["model.vocab_size=400"], ["vocab_size=400", "500"]),

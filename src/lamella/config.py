@@ -52,7 +52,9 @@ class ModelConfig(Strict):
     vocab_size: Positive  # rows of the embedding; may exceed the tokenizer's pieces
     parts: dict[str, dict[str, Any]]
     stack: Annotated[tuple[BlockConfig, ...], Field(min_length=1)]
+    norm: Literal["rms", "layer"] = "rms"  # of the stream: before each branch and before the head
     norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    embedding_norm: bool = False  # one more, behind the embedding
     tie_embeddings: bool = False
     dropout: Share = 0.0  # on each branch's output
     init_std: Annotated[float, Field(gt=0)] = 0.02

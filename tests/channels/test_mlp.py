@@ -20,6 +20,7 @@ ACTIVATIONS = {
     "swiglu": lambda h: np.split(h, 2)[0] / (1 + np.exp(-np.split(h, 2)[0])) * np.split(h, 2)[1],
     "gelu": lambda h: np.array([v * (1 + math.erf(v / math.sqrt(2))) / 2 for v in h]),
     "relu": lambda h: np.maximum(h, 0),
+    "relu2": lambda h: np.maximum(h, 0) ** 2,
 }
 
 

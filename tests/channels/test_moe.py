@@ -3,6 +3,7 @@
 B rows, T time, D model, E experts, S slots a token.
 """
 
+import json
 import math
 
 import numpy as np
@@ -14,11 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from lamella.channels.mlp import Config as MlpConfig
 from lamella.channels.moe import Config
 from lamella.channels.moe.router import Router, RouterOptions
-from lamella.config import check_options
+from lamella.config import change, check_options, load_run
 from lamella.errors import UserError
+from lamella.model.stack import plan_layers
 from lamella.nn.draw import Draw
 from lamella.nn.record import Record
-from lamella.nn.shard import Whole
+from lamella.nn.shard import Exchange, Whole
+from lamella.train.balance import Balance
 from tests.nn.building import OneOf, double, filled, noise, packed, relative
 
 D_MODEL, E = 6, 4
@@ -35,6 +38,10 @@ VARIANTS = {
     "top-2 with capacity": {"top_k": 2, "capacity_factor": 0.8, "renormalize": True},
     "every expert": {"top_k": E},
     "shared": {"top_k": 2, "shared_d_ff": 10},
+    "biased": {"top_k": 2, "bias_rate": 0.1, "renormalize": True},
+    "expert choice": {"top_k": 2, "routing": "expert_choice"},
+    "expert choice, less": {"top_k": 1, "routing": "expert_choice", "capacity_factor": 0.7, "shared_d_ff": 3},
+    "small start": {"top_k": 2, "init_scale": 0.1},
     "shared, plain": {"top_k": 1, "shared_d_ff": 3, "activation": "relu", "capacity_factor": 0.6},
 }
 
@@ -43,9 +50,14 @@ def config_for(**options):
     return check_options(Config, {"channel": "moe", "num_experts": E, "d_ff": 4, **options}, "moe")
 
 
+BIAS = np.array([0.3, -0.2, 0.0, 0.1])  # of the mixtures with a bias_rate
+
+
 def make(**options):
     config = config_for(**options)
-    return config, filled(config.build(D_MODEL, double(), "here"), spread=0.7).double()
+    moe = filled(config.build(D_MODEL, double(), "here"), spread=0.7).double()
+    moe.router.bias_E.copy_(torch.tensor(BIAS))
+    return config, moe
 
 
 def weights_of(moe):
@@ -67,7 +79,10 @@ def chances(w, x):
 
 def route(config, w, row, real):
     """One row's [(token, expert, weight)] that are computed, and how often each expert was chosen."""
-    chosen = [np.argsort(-chances(w, x), kind="stable")[: config.top_k] for x in row]
+    if config.routing == "expert_choice":
+        return expert_choice(config, w, row, real)
+    bias = BIAS if config.bias_rate else 0
+    chosen = [np.argsort(-(chances(w, x) + bias), kind="stable")[: config.top_k] for x in row]
     room = [10**9] * E
     if config.capacity_factor is not None:
         room = [math.ceil(config.capacity_factor * config.top_k * len(row) / E)] * E
@@ -85,6 +100,15 @@ def route(config, w, row, real):
             scale = chance[chosen[t]].sum() if config.renormalize else 1
             slots.append((t, expert, chance[expert] / scale))
     return slots, load
+
+
+def expert_choice(config, w, row, real):
+    """Each expert takes the tokens that it is likeliest for (arXiv 2202.09368, section 3.2)."""
+    tokens = np.flatnonzero(real)
+    take = math.ceil((config.capacity_factor or 1) * config.top_k * len(tokens) / E)
+    chance = np.array([chances(w, row[t]) for t in tokens])
+    slots = [(tokens[n], e, chance[n, e]) for e in range(E) for n in np.argsort(-chance[:, e])[:take]]
+    return slots, np.full(E, take, float)
 
 
 def mixture(config, w, row, real):
@@ -235,7 +259,8 @@ def test_recorded_sums(options):
     sums, x = record.values, x.detach()
     w = weights_of(moe)
     routes = [route(config, w, row, real) for row, real in zip(x.numpy(), REAL, strict=True)]
-    tokens = [token for row, real in zip(x.numpy(), REAL, strict=True) for token in row[real]]
+    by_row = [row[real] for row, real in zip(x.numpy(), REAL, strict=True)]
+    tokens = [token for row in by_row for token in row]
     each = [losses(config, moe.router.weight, x[b], ROWS.real_BT[b]) for b in range(4)]
     entropy = sum(-(chances(w, token) * np.log(chances(w, token))).sum() for token in tokens)
     wanted = {
@@ -244,6 +269,7 @@ def test_recorded_sums(options):
         "entropy": entropy,
         "aux_loss": sum(aux for aux, _ in each),
         "z_loss": sum(z for _, z in each),
+        "missed": sum(len(t) - len({slot[0] for slot in r[0]}) for r, t in zip(routes, by_row, strict=True)),
     }
     assert {f"here/{key}" for key in wanted} == set(sums)
     assert sums["here/kept"] < sums["here/load"].sum()  # some slots did overflow
@@ -253,7 +279,8 @@ def test_recorded_sums(options):
 
 
 def router(dtype=torch.float32, **options):
-    given = {"top_k": 2, "capacity_factor": None, "renormalize": False, "aux_loss": 0, "z_loss": 0, "jitter": 0.0}
+    given = {"top_k": 2, "routing": "top_k", "capacity_factor": None, "renormalize": False, "jitter": 0.0}
+    given |= {"aux_loss": 0, "global_aux_loss": 0, "z_loss": 0, "bias_rate": 0, "init_scale": 1.0}
     return filled(Router(RouterOptions(E, **{**given, **options}), D_MODEL, Whole(dtype), "here"), spread=0.7)
 
 
@@ -326,8 +353,8 @@ def test_matmul_flops_are_those_that_torch_counts(options):
     config = config_for(**{**options, "capacity_factor": None})  # what is dropped is not computed
     moe = filled(config.build(D_MODEL, Whole(), "here"))
     with FlopCounterMode(display=False) as counter:
-        moe(noise(1, 11, D_MODEL, dtype=torch.float32), packed([[4, 7]]))
-    assert counter.get_total_flops() == config.flops(D_MODEL, 11).matmul
+        moe(noise(1, 12, D_MODEL, dtype=torch.float32), packed([[4, 8]]))
+    assert counter.get_total_flops() == config.flops(D_MODEL, 12).matmul
 
 
 def test_one_expert_is_the_dense_mlp():
@@ -337,6 +364,112 @@ def test_one_expert_is_the_dense_mlp():
     dense.load_state_dict({"w_in.weight": moe.experts.w_in[0], "w_out.weight": moe.experts.w_out[0]})
     x = noise(4, 12, D_MODEL)
     assert relative(moe(x, ROWS), dense(x, ROWS) * ROWS.real_BT[..., None]) < 1e-14
+
+
+def test_the_global_loss_looks_at_the_last_step_s_loads():
+    _, moe = make(aux_loss=0.0, global_aux_loss=0.3)
+    share = torch.tensor([0.7, 0.1, 0.2, 0.0], dtype=torch.float64)
+    moe.router.load_E.copy_(share)
+    x = noise(4, 12, D_MODEL)
+    rows = packed(LENGTHS, PADDING, loss_scale=0.25)
+    got = torch.autograd.grad(moe(x, rows).sum() * 0, moe.router.weight)[0]
+    chance = [torch.softmax(x[b][ROWS.real_BT[b]] @ moe.router.weight.t(), -1) for b in range(4)]
+    loss = 0.25 * 0.3 * sum(E * (share * c.mean(0)).sum() for c in chance)
+    assert relative(got, torch.autograd.grad(loss, moe.router.weight)[0]) < 1e-12
+
+
+def test_dropout_is_drawn_by_token_expert_and_channel():
+    """The same for other rows beside it, and for a rank that holds other experts or other channels."""
+    config, moe = make(top_k=E, renormalize=True, dropout=0.4)
+    numbers, x = [3, 17, 0, 5], noise(4, 12, D_MODEL)
+    together = moe(x, packed(LENGTHS, PADDING, row_numbers=numbers))
+    alone = moe(x[[2]], packed([LENGTHS[2]], [PADDING[2]], row_numbers=[numbers[2]]))
+    assert relative(alone[0], together[2]) < 1e-13
+    assert relative(together, moe(x, ROWS)) > 0.1
+    hidden = torch.ones(1000, 2 * config.d_ff, dtype=torch.float64)
+    rows = packed([[1000]], row_numbers=[0])
+    kept = moe.experts._hidden(hidden, rows.where_BT[0], 2, rows)
+    assert abs(float((kept == 0).double().mean()) - 0.4) < 0.03
+    outside = moe.experts._hidden(hidden[:1], rows.where_BT[0, :1], 2, packed([[1]]))
+    assert float(kept.max()) == pytest.approx(float(outside.max()) / 0.6)
+    halves = []
+    for rank in range(2):
+        part = config.build(D_MODEL, OneOf(rank, 2), "here").experts
+        halves.append(part._hidden(hidden[:, : config.d_ff], rows.where_BT[0], 2, rows))
+    assert torch.equal(torch.cat(halves, 1), kept)
+    shard = double()
+    shard.exchange = Exchange(1, 2)
+    dealt = config.build(D_MODEL, shard, "here").experts
+    assert torch.equal(dealt._hidden(hidden, rows.where_BT[0], 0, rows), kept)  # its first is the third of all
+
+
+def test_margins():
+    _, moe, x = forced([[0, 1], [2, 3]])
+    chance = moe.router.logits(x, packed([[2]])).softmax(-1)[0].sort(descending=True).values
+    assert relative(moe.router.margin(x, packed([[2]]))[0], chance[:, 1] - chance[:, 2]) < 1e-12
+    assert moe.router.margin(x, packed([[1]], [1]))[0, 1] == math.inf
+    _, moe = make(routing="expert_choice", top_k=1)
+    x = noise(1, 8, D_MODEL)
+    chance = moe.router.logits(x, packed([[8]])).softmax(-1)[0].sort(0, descending=True).values
+    assert relative(moe.router.margin(x, packed([[8]]))[0], chance[1] - chance[2]) < 1e-12
+
+
+def test_the_bias_follows_the_loads_and_evens_them_out():
+    """arXiv 2408.15664: over the rate's steps the loads of tokens that all like one expert become even."""
+    model = load_run("configs/run/quickstart.yaml", ["model.parts.moe.bias_rate=0.004", "model.parts.moe.top_k=1"]).model
+    part = plan_layers(model)[1].channel
+    assert isinstance(part, Config)
+    moe = filled(part.build(D_MODEL, Whole(), "layer1/channel"))
+    with torch.no_grad():
+        moe.router.weight[0] += 0.6 * torch.ones(D_MODEL)
+    x, spread = noise(8, 64, D_MODEL, dtype=torch.float32) + 0.5, []
+    balance = Balance(model, moe)
+    assert set(balance.state) == {"layer1/channel", "layer3/channel"}
+    for _ in range(400):
+        record = Record()
+        moe.router(x, packed([[64]] * 8, record=record))
+        load = record.values["layer1/channel/load"]
+        spread.append(float(load.max() / load.mean()))
+        before = moe.router.bias_E.clone()
+        balance.update(record.values | {"layer3/channel/load": load})
+        moved = moe.router.bias_E - before
+        assert torch.allclose(moved, 0.004 * (load.mean() - load).sign().float(), atol=1e-6)
+        assert relative(moe.router.load_E, load / load.sum()) < 1e-6
+    assert spread[0] > 3 > 1.5 > spread[-1]
+    other = Balance(model, moe)
+    other.restore(json.loads(json.dumps(balance.state)))
+    assert other.state == balance.state
+
+
+@pytest.mark.parametrize("method", [{}, {"aux_loss": 0.05}, {"global_aux_loss": 0.05}, {"bias_rate": 0.02}], ids=str)
+def test_an_expert_that_would_take_all_does_not(method):
+    """Tokens that need different experts, and a router that starts with one for all: it collapses without balancing."""
+    options = {"top_k": 1, "aux_loss": 0.0, "num_experts": 4, "d_ff": 8} | method
+    config = check_options(Config, {"channel": "moe", **options}, "moe")
+    moe = filled(config.build(D_MODEL, Whole(), "layer1/channel"), spread=0.1)
+    model = load_run("configs/run/quickstart.yaml").model
+    model = change(model, parts={**model.parts, "moe": {"channel": "moe", **options}})
+    balance = Balance(model, moe)
+    with torch.no_grad():
+        moe.router.weight[0] = 1.0
+    x = noise(8, 32, D_MODEL, dtype=torch.float32) + 0.7
+    targets = torch.tanh(x.roll(1, dims=-1) * 2) * x.sign().roll(2, dims=-1)
+    optimizer = torch.optim.Adam(moe.parameters(), lr=0.01)
+    for _ in range(120):
+        record = Record()
+        rows = packed([[32]] * 8, loss_scale=1 / 8, record=record)
+        (moe(x, rows) - targets).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        load = record.values["layer1/channel/load"]
+        balance.update({f"layer{i}/channel/load": load for i in (1, 3)})
+    largest = float(load.max() / load.sum())
+    assert largest > 0.9 if not method else largest < 0.6, largest
+
+
+def test_experts_that_choose_take_no_bias():
+    with pytest.raises(UserError, match="tokens that choose"):
+        config_for(routing="expert_choice", bias_rate=0.1).build(D_MODEL, Whole(), "here")
 
 
 def test_more_choices_than_experts():

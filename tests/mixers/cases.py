@@ -15,6 +15,25 @@ OPTIONS = {
         {"d_state": 3, "dt_rank": 2},
         {"d_state": 2, "dt_rank": 3, "d_conv": 2, "expand": 1, "norms": False},
     ],
+    "mamba2": [
+        {"d_state": 3, "head_dim": 4},
+        {"d_state": 2, "head_dim": 2, "num_groups": 2, "d_conv": 2, "expand": 1},
+        {"d_state": 4, "head_dim": 3, "num_heads": 2, "num_groups": 2},
+    ],
+    # Its norm blows up the rounding of a token whose output nearly cancels: sizes at which none of the rows' does.
+    "retention": [
+        {"num_heads": 2, "head_dim": 6, "value_head_dim": 8},
+        {"num_heads": 2, "variant": "fla"},
+    ],
+    # A group norm over this few channels amplifies rounding where all are small: hence the eps.
+    "rwkv6": [
+        {"head_size": 4, "mix_rank": 2, "decay_rank": 3},
+        {"head_size": 8, "mix_rank": 1, "decay_rank": 2, "group_eps": 1.0},
+    ],
+    "rwkv7": [
+        {"head_size": 4, "decay_rank": 3, "rate_rank": 2, "value_rank": 2, "gate_rank": 5, "group_eps": 0.1},
+        {"head_size": 8, "decay_rank": 2, "rate_rank": 3, "value_rank": 1, "gate_rank": 2, "group_eps": 1.0},
+    ],
 }
 
 # A mixer without a line is tried with its defaults; where it has options that must be set, its tests say so.

@@ -5,6 +5,7 @@ Dimensions: config.json of ai21labs/Jamba-v0.1 and of ai21labs/AI21-Jamba-1.5-La
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ PUBLISHED = {"jamba-v0.1": V01, "jamba-1.5-large": LARGE}
 BILLIONS = {"jamba-v0.1": (52, 12), "jamba-1.5-large": (398, 94)}  # parameters, those that a token uses
 
 
-def expected_local(dims: Dims, tensor: int, layers: range, expert: int, first: bool, last: bool) -> int:
+def expected_local(dims: Dims, tensor: int, layers: Iterable[int], expert: int, first: bool, last: bool) -> int:
     """Parameters of one rank that holds `layers`, with the embedding if `first`, the final norm and head if `last`.
 
     Split evenly over `tensor`: linears, embedding, head, conv, A_log, D. Replicated: norms, routers. With expert = 1

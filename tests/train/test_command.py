@@ -7,7 +7,7 @@ import sys
 import time
 
 from lamella.config import change, dump
-from lamella.train.metrics import read_metrics
+from lamella.train.metrics_file import read_metrics
 from tests.corpus import tiny_run
 
 

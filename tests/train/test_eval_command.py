@@ -12,9 +12,10 @@ from lamella.data.prepare import prepare
 from lamella.data.tokenizer import Tokenizer
 from lamella.model.lm import LanguageModel
 from lamella.nn.rows import one_document
-from lamella.train.metrics import read_metrics
+from lamella.train.metrics_file import read_metrics
+from tests.commands import call
 from tests.corpus import tiny_run
-from tests.train.untrained import call, save_untrained
+from tests.train.untrained import save_untrained
 
 
 @pytest.fixture(scope="module")

@@ -6,17 +6,22 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
+from torch.distributed.pipelining import schedules as torchs
 
 from lamella.cli import main as command
-from lamella.config import DataConfig
+from lamella.config import DataConfig, dump
 from lamella.errors import UserError
-from lamella.train import charts, figures, reports
+from lamella.model.cuts import imbalance, layer_costs
+from lamella.parallel.layout import resolve
+from lamella.train import charts, figures, layout_chart, reports
 from lamella.train.history import Bins, History, in_order, smooth
-from tests.corpus import tiny_run
+from lamella.train.layout_record import LayoutRecord, describe, order, timeline
+from tests.corpus import MODEL, tiny_run
 
 LOAD = [0.5, 0.25, 0.125, 0.125]
 
@@ -235,11 +240,16 @@ def test_the_command_prints_the_files(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[0] == str(folder / "figures" / "loss.png")
 
 
-def test_a_run_outlives_its_figures(tmp_path, monkeypatch, capsys):
+def nowhere(tmp_path, **layout):
     source = {"format": "text", "path": "nowhere"}
     data = DataConfig.model_validate({"path": "nowhere", "sources": [source]}, strict=False)
-    config = tiny_run(data, tmp_path)
-    config.folder.mkdir()
+    config = tiny_run(data, tmp_path, **layout)
+    config.folder.mkdir(exist_ok=True)
+    return config
+
+
+def test_a_run_outlives_its_figures(tmp_path, monkeypatch, capsys):
+    config = nowhere(tmp_path)
 
     def broken(folder):
         raise RuntimeError("no\nfonts")
@@ -250,9 +260,181 @@ def test_a_run_outlives_its_figures(tmp_path, monkeypatch, capsys):
     found.close(False)
     found.metrics.file.close()
     assert capsys.readouterr().err == "the figures were not drawn (RuntimeError: no fonts)\n"
+    assert [f.name for f in (config.folder / "figures").iterdir()] == ["layout.png"]  # drawn at the run's start
+
+
+def test_a_run_outlives_its_layout(tmp_path, monkeypatch, capsys):
+    def broken(config, layout):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(reports, "describe", broken)
+    found = reports.Reports(nowhere(tmp_path), 0)
+    found.step(line(0))
+    found.close(False)
+    found.metrics.file.close()
+    assert capsys.readouterr().err == "the figure of the layout was not drawn (RuntimeError: no room)\n"
 
 
 def test_help_imports_nothing_heavy():
     code = "import sys, lamella.cli.main; print(*{'torch', 'matplotlib', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+LAYOUTS = {  # ranks, layers and words of the layout
+    "one": (1, 2, {}),
+    "cube": (8, 4, {"tensor": 2, "pipeline": 2}),
+    "dealt": (8, 4, {"tensor": 2, "pipeline": 2, "expert": 4, "schedule": "gpipe"}),
+    "zbv": (8, 8, {"pipeline": 4, "schedule": "zbv", "expert": 2}),
+    "interleaved": (8, 8, {"pipeline": 2, "schedule": "interleaved", "stages_per_rank": 3}),
+    "wide": (512, 2, {"zero": 2, "expert": 4}),
+    "big": (512, 8, {"tensor": 2, "pipeline": 8, "schedule": "gpipe"}),
+}
+
+
+def recorded(tmp_path, name):
+    world, layers, words = LAYOUTS[name]
+    config = nowhere(tmp_path, **words)
+    stack = [{"layers": ["mamba/moe", "attention/mlp"], "repeat": layers // 2}]
+    rows = max(8, 2 * world)
+    tree = config.model_dump() | {"model": MODEL | {"stack": stack}}
+    tree["train"]["global_batch_size"] = rows
+    config = type(config).model_validate(tree, strict=False)
+    layout = resolve(config, world)
+    describe(config, layout).save(config.folder / "layout.json")
+    return config, layout, LayoutRecord.load(config.folder / "layout.json")
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_is_recorded(tmp_path, name):
+    config, layout, record = recorded(tmp_path, name)
+    assert record == describe(config, layout)
+    assert record.world == layout.world
+    for rank in range(layout.world):
+        p, d, t = record.place(rank)
+        assert rank == t + layout.tensor * (d + layout.data * p)
+        assert (p < layout.pipeline, d < layout.data, t < layout.tensor) == (True, True, True)
+    for p in range(layout.pipeline):
+        assert record.stages_of(p) == [stage.index for stage in layout.stages_of(p)]
+    assert [s.rank for s in record.stages] == [layout.rank_of(i) for i in range(len(layout.stages))]
+    assert [range(s.first, s.first + len(s.layers)) for s in record.stages] == [s.layers for s in layout.stages]
+    assert all(len({record.place(r)[0] for r in group}) == 1 for group in record.expert_groups())
+    assert math.fsum(s.cost for s in record.stages) == pytest.approx(1)
+    assert all(s.forward + s.backward == pytest.approx(s.cost) and s.input > 0 < s.weight for s in record.stages)
+    costs = [s.cost for s in record.stages]
+    starts = [s.first for s in record.stages[1:]]
+    found = imbalance(layer_costs(config.model, config.train.sequence_length, layout.recompute), starts)
+    assert max(costs) * len(costs) == pytest.approx(found)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_is_drawn(tmp_path, name):
+    config, layout, record = recorded(tmp_path, name)
+    write(config.folder, [])
+    (file,) = figures.draw(config.folder)  # before the first step, too
+    assert file == config.folder / "figures" / "layout.png"
+    assert file.read_bytes().startswith(b"\x89PNG")
+    figure = layout_chart.chart("tiny", record)
+    ranks, stages = figure.axes[:2]
+    assert len(figure.axes) == 2 + (layout.pipeline > 1)
+    assert stages.get_xlabel().startswith("predicted share of the model's cost, forward and backward (%)")
+    grid = layout_chart.Grid(record)
+    cells = [cell for r in range(layout.world) if (cell := grid.cell(r)) is not None]
+    assert len(set(cells)) == len(cells) == grid.drawn * layout.tensor * layout.pipeline
+    assert all(0 <= x < grid.columns - 0.99 and 0 <= y < grid.rows - 0.99 for x, y in cells)
+    if grid.drawn < layout.data:
+        assert f"to {layout.data - 1} are like these and not drawn" in ranks.get_xlabel()
+    numbers = [t.get_text() for t in ranks.texts if t.get_text().isdecimal()]
+    assert numbers in ([], [str(r) for r in range(layout.world)])
+    assert bool(numbers) == (layout.world < 100)
+    if layout.pipeline > 1:
+        assert "(%)" in figure.axes[2].get_xlabel()
+        said = next(t.get_text() for t in stages.texts if " x even" in t.get_text())
+        assert said.endswith(f"{len(record.stages) * record.stages[0].cost:.2f} x even")
+
+
+def torch_order(schedule, pipeline, stages, count, rank):
+    """What torch's own schedule does, from its private methods: they need no process group."""
+    several = {"interleaved": torchs.ScheduleInterleaved1F1B, "zbv": torchs.ScheduleZBVZeroBubble}
+    if schedule in several:
+        made = object.__new__(several[schedule])
+        made._n_microbatches, made.num_stages, made.pp_group_size = count, stages, pipeline
+        made.n_local_stages = stages // pipeline
+        made.microbatches_per_round = count // max(1, count // pipeline)
+        kinds = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
+        actions = [a for a in made._calculate_single_rank_operations(rank) if a is not None]
+        return [(kinds[a.computation_type.name], a.stage_index, a.microbatch_index) for a in actions]
+    made = MagicMock(_n_microbatches=count, _num_stages=stages)
+    made._check_inputs.return_value = [()] * count, [{}] * count
+    stage = made._stage
+    stage.stage_index = rank
+    for name in ("fwd_recv", "fwd_send", "bwd_recv", "bwd_send"):
+        getattr(stage, f"get_{name}_ops").return_value = []
+    {"gpipe": torchs.ScheduleGPipe, "1f1b": torchs.Schedule1F1B}[schedule]._step_microbatches(made)
+    kinds = {"forward_one_chunk": "F", "backward_one_chunk": "B"}
+    return [(kinds[name], rank, words[0]) for name, words, _ in stage.method_calls if name in kinds]
+
+
+SCHEDULES = [
+    *[("gpipe", p, p, m) for p in (2, 3, 4) for m in (1, 4, 7)],
+    *[("1f1b", p, p, m) for p in (2, 3, 4) for m in (4, 7)],
+    *[("interleaved", p, v * p, m * p) for p in (2, 3, 4) for v in (2, 3) for m in (1, 2, 3)],
+    ("interleaved", 4, 8, 10),
+    *[("zbv", p, 2 * p, m) for p in (2, 3, 4) for m in (1, 2, 5, 7, 12)],
+]
+
+
+@pytest.mark.parametrize(("schedule", "pipeline", "stages", "count"), SCHEDULES)
+def test_the_order_is_torchs(schedule, pipeline, stages, count):
+    for rank in range(pipeline):
+        assert order(schedule, pipeline, stages, count, rank) == torch_order(schedule, pipeline, stages, count, rank)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, _, words) in LAYOUTS.items() if "pipeline" in words])
+def test_the_step(tmp_path, name):
+    _, _, record = recorded(tmp_path, name)
+    rows = timeline(record)
+    begin = {slot: start for row in rows for slot, start, _ in row}
+    end = {slot: start + length for row in rows for slot, start, length in row}
+    kinds = "FIW" if record.schedule == "zbv" else "FB"
+    count = len(record.stages)
+    every = set(itertools.product(kinds, range(count), range(record.micro_batches)))
+    assert sorted(every) == sorted(slot for row in rows for slot, *_ in row)  # each once
+    assert all(slot.stage in record.stages_of(p) for p, row in enumerate(rows) for slot, *_ in row)
+    for row in rows:
+        assert all(b[1] >= a[1] + a[2] for a, b in itertools.pairwise(row))
+    back = kinds[1]
+    for stage, number in itertools.product(range(count), range(record.micro_batches)):
+        assert end["F", stage, number] <= begin[back, stage, number]
+        if stage:
+            assert end["F", stage - 1, number] <= begin["F", stage, number]
+            assert end[back, stage, number] <= begin[back, stage - 1, number]
+        if "W" in kinds:
+            assert end["I", stage, number] <= begin["W", stage, number]
+    assert math.fsum(n for row in rows for *_, n in row) == pytest.approx(record.micro_batches)
+
+
+def test_layers_in_short():
+    assert layout_chart.short(["a"] * 3 + ["b"]) == "a x3, b"
+    assert layout_chart.short(["a", "a", "b", "c", "b", "c"]) == "a x2, (b, c) x2"
+    assert layout_chart.short(["a", "b", "a", "b", "c"] * 4) == "((a, b) x2, c) x4"
+    assert layout_chart.short([]) == ""
+
+
+def test_a_record_of_another_version_is_left_out(tmp_path):
+    folder = write(tmp_path / "tiny", [{"step": 0, "loss": 1.0}])
+    for text in ("", "[]", "{}", '{"stages": [{}]}', '{"stages": [], "tensor": 1}', '{"stages": 7}'):
+        (folder / "layout.json").write_text(text)
+        assert "layout.png" not in [f.name for f in figures.draw(folder)]
+
+
+@pytest.mark.parametrize("command", ["figures", "track"])
+def test_commands_do_without_torch(tmp_path, command):
+    config, *_ = recorded(tmp_path, "cube")
+    write(config.folder, [line(s) for s in range(3)])
+    dump(config, config.folder / "config.yaml")
+    code = "import sys; from lamella.cli.main import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+    words = [sys.executable, "-c", code, command, str(config.folder)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "False"

@@ -19,8 +19,9 @@ from lamella.model.lm import LanguageModel
 from lamella.nn.rows import one_document
 from lamella.nn.shard import Whole
 from lamella.train.restore import restore
+from tests.commands import call
 from tests.corpus import tiny_run
-from tests.train.untrained import call, save_untrained
+from tests.train.untrained import save_untrained
 
 PROMPTS = ["import json\n", "class Ünïcode: 😀\n", "", "def f(x):\n    return "]
 

@@ -6,7 +6,7 @@ import torch
 from lamella.config import change
 from lamella.parallel.local import exit_code, run_local
 from lamella.train import loop
-from lamella.train.metrics import read_metrics
+from lamella.train.metrics_file import read_metrics
 from tests.corpus import tiny_run
 from tests.train.workers import held_after_load
 

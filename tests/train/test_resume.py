@@ -11,7 +11,7 @@ import torch
 from lamella.config import change
 from lamella.parallel.local import exit_code, run_local
 from lamella.train import loop
-from lamella.train.metrics import read_metrics
+from lamella.train.metrics_file import read_metrics
 from tests.corpus import tiny_run
 from tests.train.workers import held_after_load, train_and_strike
 
@@ -90,13 +90,22 @@ LAYOUTS = [
     (2, {"tensor": 2}),
     (2, {"tensor": 2, "sequence_parallel": True}),
     (4, {"tensor": 2, "micro_batch": 2}),
+    (2, {"pipeline": 2}),
+    (2, {"expert": 2}),
+    (2, {"zero": 2}),
+    (2, {"zero": 3}),
 ]
 
 
 @pytest.mark.parametrize(("nproc", "layout"), LAYOUTS, ids=lambda v: str(v).replace(" ", ""))
 def test_saved_on_two_continued_under_another_layout(nproc, layout, corpus, tmp_path, uninterrupted, final):
-    moved = tiny_run(corpus, tmp_path, **layout)
-    shutil.copytree(uninterrupted.folder, moved.folder)
+    moved, middle = (tiny_run(corpus, tmp_path, name=name, **layout) for name in ("moved", "middle"))
+    assert_continues(nproc, moved, middle, uninterrupted, final)
+
+
+def assert_continues(nproc, moved, middle, finished, final):
+    """`moved` holds what `finished` has saved, bit for bit, and `middle` goes on from its middle to its losses."""
+    shutil.copytree(finished.folder, moved.folder)
     state, ranks = whole_state(moved, nproc)
     assert_equal(state, final)  # masters and moments
     for _, parameters, places, step in ranks:
@@ -105,14 +114,34 @@ def test_saved_on_two_continued_under_another_layout(nproc, layout, corpus, tmp_
             for box in places[name]:
                 assert torch.equal(parameter[box.local_slices], final[f"master/{name}"][box.whole_slices])
 
-    # and from the middle on: the next losses
-    middle = tiny_run(corpus, tmp_path, name="middle", **layout)
-    shutil.copytree(uninterrupted.folder, middle.folder)
+    shutil.copytree(finished.folder, middle.folder)
     shutil.rmtree(middle.folder / "checkpoints" / "step-00000006")
     assert exit_code(run_local(nproc, loop.enter, middle, timeout=120)) == 0
-    for got, want in zip(history(middle), history(uninterrupted), strict=True):
+    for got, want in zip(history(middle), history(finished), strict=True):
         assert got["loss"] == pytest.approx(want["loss"], rel=1e-6)
         assert got.get("heldout_loss", 0) == pytest.approx(want.get("heldout_loss", 0), rel=1e-6)
+
+
+def tied_run(corpus, runs, **options):
+    """Four layers between tied embeddings."""
+    config = tiny_run(corpus, runs, **options)
+    model = config.model.model_dump(mode="json") | {"tie_embeddings": True}
+    model["stack"][0]["repeat"] = 2
+    return change(config, model=model)
+
+
+@pytest.fixture(scope="module")
+def piped(corpus, tmp_path_factory):
+    """Its embedding lies at both ends of a pipeline."""
+    config = tied_run(corpus, tmp_path_factory.mktemp("piped"), pipeline=2)
+    assert exit_code(run_local(2, loop.enter, config, timeout=120)) == 0
+    return config, whole_state(config, 2)[0]
+
+
+@pytest.mark.parametrize(("nproc", "layout"), [(1, {}), (2, {"pipeline": 2, "schedule": "zbv"})], ids=["one", "zbv"])
+def test_saved_by_a_pipeline_with_tied_embeddings(nproc, layout, corpus, tmp_path, piped):
+    moved, middle = (tied_run(corpus, tmp_path, name=name, **layout) for name in ("moved", "middle"))
+    assert_continues(nproc, moved, middle, *piped)
 
 
 def test_a_longer_run_continues_the_shorter(corpus, tmp_path):

@@ -22,7 +22,7 @@ import pytest
 
 from lamella.config import DataConfig, change, dump
 from lamella.parallel.local import free_port
-from lamella.train.metrics import MetricsFile
+from lamella.train.metrics_file import MetricsFile
 from lamella.train.mlflow_store import scalars
 from lamella.train.note import Note
 from lamella.train.tracking import Tracker

@@ -1,13 +1,11 @@
-"""A checkpoint without training, saved as train/state.py saves a run's; and the command line in this process."""
+"""A checkpoint without training, saved as train/state.py saves a run's."""
 
-import sys
 from pathlib import Path
 
 import torch
 
 from lamella.checkpoint import store
 from lamella.checkpoint.planner import Pieces
-from lamella.cli import main as command
 from lamella.config import RunConfig
 from lamella.data.manifest import read_manifest
 from lamella.model.lm import LanguageModel
@@ -34,15 +32,3 @@ def save_untrained(run: RunConfig, step: int = 3) -> tuple[Path, LanguageModel]:
     path = store.step_folder(run.folder / "checkpoints", step)
     store.save(path, held, values)
     return path, model
-
-
-def call(*words) -> int:
-    """The command line in this process. Returns its exit code."""
-    given, sys.argv = sys.argv, ["lamella", *map(str, words)]
-    try:
-        command.main()
-    except SystemExit as done:
-        return int(done.code or 0)
-    finally:
-        sys.argv = given
-    return 0

@@ -36,8 +36,9 @@ def held_after_load(config):
         for name, pieces in state.tensors(run.zero).items()
         for offset, view in pieces.held.items()
     ]
-    parameters = {n: p.detach().clone() for n, p in run.model.named_parameters()}
-    places = {n: p.place.boxes for n, p in run.model.named_parameters()}
+    found = list(run.zero.parameters())
+    parameters = {name: tensor for name, _, tensor in found}
+    places = {name: place.boxes for name, place, _ in found}
     step = run.step
     meshes.leave()
     return held, parameters, places, step

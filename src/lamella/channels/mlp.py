@@ -1,9 +1,11 @@
 """The dense channel mixer: gated (SwiGLU, Shazeer 2020, arXiv 2002.05202) or plain.
 
     swiglu: W_out (silu(W_gate x) * W_up x)        else: W_out act(W_in x)
+
+relu2 is relu squared (So et al. 2021, arXiv 2109.08668).
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +17,7 @@ from lamella.nn.linear import Column, Row
 from lamella.nn.rows import Rows
 from lamella.nn.shard import Shard
 
-Activation = Literal["swiglu", "gelu", "relu"]
+Activation = Literal["swiglu", "gelu", "relu", "relu2"]
 
 
 def activate(kind: Activation, *hidden: Tensor) -> Tensor:
@@ -24,6 +26,8 @@ def activate(kind: Activation, *hidden: Tensor) -> Tensor:
         gate, up = hidden
         return F.silu(gate) * up
     (h,) = hidden
+    if kind == "relu2":
+        return F.relu(h).square()
     return F.gelu(h) if kind == "gelu" else F.relu(h)
 
 
@@ -58,5 +62,5 @@ class Mlp(Channel):
         self.w_in = Column(shard, d_model, hidden_segments(config.activation, config.d_ff))
         self.w_out = Row(shard, config.d_ff, d_model)
 
-    def forward(self, x_BTD: Tensor, rows: Rows) -> Tensor:
+    def forward(self, x_BTD: Tensor, rows: Rows, state: dict[str, Any] | None = None) -> Tensor:
         return self.w_out(rows.core(activate, self.activation, *self.w_in(x_BTD)))

@@ -38,13 +38,12 @@ def verify(
         raise UserError(f"--precision {precision}: choose fp32 or bf16")
     if every and layout:
         raise UserError("--all takes every layout; leave --layout out, or --all")
+    layouts = [parse_layout(words) for words in layout or []] or [config.layout]
     from lamella.train import verify as verification
     from lamella.train.matrix import every_layout
 
     if every:
         layouts = every_layout(config, processes)
-    else:
-        layouts = [parse_layout(words) for words in layout or []] or [config.layout]
     references = verification.References(config, steps, full, precision)
     reports, shown = [], set()
     began = time.monotonic()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import lamella.mixers
 from lamella.config import Strict
+from lamella.nn.depth import Depth
 from lamella.nn.flops import Flops
 from lamella.nn.rows import Rows
 from lamella.nn.shard import Shard
@@ -41,6 +42,10 @@ class MixerConfig(Strict, ABC):
     def build(self, d_model: int, norm_eps: float, shard: Shard) -> Mixer:
         """The module. Raises UserError where sizes do not divide."""
 
+    def build_at(self, d_model: int, norm_eps: float, shard: Shard, depth: Depth) -> Mixer:
+        """`build` for a layer of a stack; a mixer whose parameters or initial values depend on it overrides this."""
+        return self.build(d_model, norm_eps, shard)
+
     def carries(self, d_model: int) -> dict[str, int]:
         """What the mixer hands on to later layers in `rows.carried`, or reads there: name -> width.
 
@@ -52,6 +57,10 @@ class MixerConfig(Strict, ABC):
     @abstractmethod
     def flops(self, d_model: int, length: int) -> Flops:
         """Forward operations of a row that is one document of `length` tokens."""
+
+    def flops_at(self, d_model: int, length: int, depth: Depth) -> Flops:
+        """`flops` for a layer of a stack."""
+        return self.flops(d_model, length)
 
     @abstractmethod
     def shrink(self, tensor: int) -> Self:

@@ -48,7 +48,7 @@ class Config(MixerConfig):
         return Flops(matmul=2 * length * weights, scan=length * scan)
 
     def shrink(self, tensor: int) -> "Config":
-        return change(self, d_state=min(self.d_state, 8), dt_rank=8)  # norms over fewer channels amplify rounding
+        return change(self, d_state=min(self.d_state, 16), dt_rank=16)  # norms over fewer channels amplify rounding
 
 
 class Mamba(Mixer):

@@ -32,9 +32,7 @@ def count(config: ModelConfig, length: int) -> Count:
         places = [p.place for _, p in placed_parameters(LanguageModel(config))]
     forward = Flops(matmul=2 * length * config.d_model * config.vocab_size)  # the head
     for plan in plan_layers(config):
-        for part in (plan.mixer, plan.channel):
-            if part is not None:
-                forward = forward + part.flops(config.d_model, length)
+        forward = forward + plan.flops(config.d_model, length)
     sizes = [math.prod(p.shape) for p in places]
     active = sum(round(n * p.active) for n, p in zip(sizes, places, strict=True))
     return Count(sum(sizes), active, forward)

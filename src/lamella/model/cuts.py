@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from lamella.config import ModelConfig
 from lamella.errors import UserError
 from lamella.model.stack import plan_layers
-from lamella.nn.flops import Flops
 from lamella.nn.rows import Recompute
 
 # Time of one operation in forward and in backward, against a matmul's in forward: `matmul`, `scores` and `scan` per
@@ -60,7 +59,7 @@ def layer_costs(
     again = AGAIN[recompute]
     layers = []
     for plan in plan_layers(config):
-        work = sum((p.flops(config.d_model, length) for p in (plan.mixer, plan.channel) if p is not None), Flops())
+        work = plan.flops(config.d_model, length)
         times = [n * _time(rates[kind], 1 + (kind in again)) for kind, n in dataclasses.asdict(work).items()]
         layers.append(math.fsum(times))
     values, logits = length * config.d_model, length * config.vocab_size

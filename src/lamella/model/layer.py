@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from lamella.config import ModelConfig
 from lamella.mixers.base import State
 from lamella.model.stack import LayerPlan
-from lamella.nn.norm import RMSNorm
+from lamella.nn.norm import stream_norm
 from lamella.nn.rows import Rows
 from lamella.nn.shard import Shard
 
@@ -17,18 +17,18 @@ class Layer(nn.Module):
         super().__init__()
         self.shard, self.dropout, self.place = shard, config.dropout, f"layer{plan.index}"
         if plan.mixer is not None:
-            self.mixer_norm = RMSNorm(shard, config.d_model, config.norm_eps)
-            self.mixer = plan.mixer.build(config.d_model, config.norm_eps, shard)
+            self.mixer_norm = stream_norm(config.norm, shard, config.d_model, config.norm_eps)
+            self.mixer = plan.mixer.build_at(config.d_model, config.norm_eps, shard, plan.depth)
         if plan.channel is not None:
-            self.channel_norm = RMSNorm(shard, config.d_model, config.norm_eps)
-            self.channel = plan.channel.build(config.d_model, shard, f"{self.place}/channel")
+            self.channel_norm = stream_norm(config.norm, shard, config.d_model, config.norm_eps)
+            self.channel = plan.channel.build_at(config.d_model, shard, f"{self.place}/channel", plan.depth)
         self.has_mixer, self.has_channel = plan.mixer is not None, plan.channel is not None
 
     def forward(self, x: Tensor, rows: Rows, state: State | None = None) -> Tensor:
         if self.has_mixer:
             x = x + self._drop(self.mixer(self.mixer_norm(x), rows, state), rows, "mixer")
         if self.has_channel:
-            x = x + self._drop(self.channel(self.channel_norm(x), rows), rows, "channel")
+            x = x + self._drop(self.channel(self.channel_norm(x), rows, state), rows, "channel")
         return x
 
     def _drop(self, y: Tensor, rows: Rows, branch: str) -> Tensor:

@@ -10,7 +10,7 @@ from lamella.model.layer import Layer
 from lamella.model.stack import plan_layers
 from lamella.model.stage import Stage, make_stages
 from lamella.nn.linear import Column, Embedding
-from lamella.nn.norm import RMSNorm
+from lamella.nn.norm import stream_norm
 from lamella.nn.rows import Rows
 from lamella.nn.shard import Shard, Whole
 
@@ -29,11 +29,13 @@ class LanguageModel(nn.Module):
         self.shard = shard or Whole(init_std=config.init_std, num_layers=len(plans))
         first, last = any(s.first for s in self.stages), any(s.last for s in self.stages)
         if first or (last and config.tie_embeddings):
-            self.embedding = Embedding(self.shard, config.vocab_size, config.d_model)
+            sizes = config.d_model, config.norm_eps
+            norm = stream_norm(config.norm, self.shard, *sizes) if first and config.embedding_norm else None
+            self.embedding = Embedding(self.shard, config.vocab_size, config.d_model, norm)
         held = sorted(index for stage in self.stages for index in stage.layers)
         self.layers = nn.ModuleDict({str(i): Layer(config, plans[i], self.shard) for i in held})
         if last:
-            self.norm = RMSNorm(self.shard, config.d_model, config.norm_eps)
+            self.norm = stream_norm(config.norm, self.shard, config.d_model, config.norm_eps)
             self.head = Column(self.shard, config.d_model, config.vocab_size)
             if config.tie_embeddings:
                 weight = self.head.weight = self.embedding.weight

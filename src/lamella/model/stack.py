@@ -10,6 +10,8 @@ from lamella.channels.base import ChannelConfig
 from lamella.config import ModelConfig, check_options
 from lamella.errors import UserError
 from lamella.mixers.base import MixerConfig
+from lamella.nn.depth import Depth
+from lamella.nn.flops import Flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +22,12 @@ class LayerPlan:
     name: str  # as the stack writes it, "mamba/moe"
     mixer: MixerConfig | None
     channel: ChannelConfig | None
+    depth: Depth
+
+    def flops(self, d_model: int, length: int) -> Flops:
+        """Forward operations of a row that is one document of `length` tokens."""
+        mixer = Flops() if self.mixer is None else self.mixer.flops_at(d_model, length, self.depth)
+        return mixer + (Flops() if self.channel is None else self.channel.flops(d_model, length))
 
 
 def plan_layers(config: ModelConfig) -> list[LayerPlan]:
@@ -29,7 +37,12 @@ def plan_layers(config: ModelConfig) -> list[LayerPlan]:
     """
     parts = {name: _part(name, options) for name, options in config.parts.items()}
     words = [word for block in config.stack for _ in range(block.repeat) for word in block.layers]
-    return [_layer(index, word, parts) for index, word in enumerate(words)]
+    plans, carried = [], frozenset[str]()
+    for index, word in enumerate(words):
+        plan = _layer(Depth(index, len(words), carried), word, parts)
+        plans.append(plan)
+        carried |= plan.mixer.carries(config.d_model).keys() if plan.mixer is not None else set()
+    return plans
 
 
 def _part(name: str, options: dict[str, Any]) -> MixerConfig | ChannelConfig:
@@ -43,7 +56,7 @@ def _part(name: str, options: dict[str, Any]) -> MixerConfig | ChannelConfig:
     return check_options(room.config_of(options[kind]), options, f"model.parts.{name}")
 
 
-def _layer(index: int, word: str, parts: dict[str, MixerConfig | ChannelConfig]) -> LayerPlan:
+def _layer(depth: Depth, word: str, parts: dict[str, MixerConfig | ChannelConfig]) -> LayerPlan:
     names = word.split("/")
     if len(names) != 2 or names == ["-", "-"]:
         raise UserError(f"model.stack: layer {word!r} must read MIXER/CHANNEL; one of the two may be -")
@@ -55,4 +68,4 @@ def _layer(index: int, word: str, parts: dict[str, MixerConfig | ChannelConfig])
             fit = [n for n, p in parts.items() if isinstance(p, kind)]
             raise UserError(f"model.stack: {word!r}: {name} is no {what} of the parts; there is {', '.join(fit)}")
         found.append(part)
-    return LayerPlan(index, word, *found)
+    return LayerPlan(depth.index, word, *found, depth=depth)

@@ -1,5 +1,7 @@
 """Depthwise causal convolution over time, the short one of Mamba and its kin."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,13 +13,17 @@ from lamella_kernels.causal_conv1d import causal_conv1d
 
 
 class CausalConv1d(nn.Module):
-    """silu(conv(x) + b) over the documents of the rows; channels split over the ranks. Weight [I, K], last tap now."""
+    """silu(conv(x) + b) over the documents of the rows; channels split over the ranks. Weight [I, K], last tap now.
 
-    def __init__(self, shard: Shard, channels: int, width: int):
+    Several `channels` are the segments of a fused x: a rank has its share of each.
+    """
+
+    def __init__(self, shard: Shard, channels: Sequence[int] | int, width: int):
         super().__init__()
+        segments = (channels,) if isinstance(channels, int) else tuple(channels)
         init = uniform(width**-0.5)  # torch.nn.Conv1d's
-        self.weight = shard.parameter((channels, width), init, split=0, decay=True)
-        self.bias = shard.parameter((channels,), init, split=0)
+        self.weight = shard.parameter((sum(segments), width), init, split=0, segments=segments, decay=True)
+        self.bias = shard.parameter((sum(segments),), init, split=0, segments=segments)
 
     def forward(self, x_BTI: Tensor, rows: Rows, state: dict[str, Tensor] | None = None) -> Tensor:
         past = None if state is None else state.get("conv")

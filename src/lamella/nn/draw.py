@@ -19,12 +19,19 @@ class Draw:
     step: int
     row_B: Tensor
 
+    def where(self, time_T: Tensor) -> Tensor:
+        """What names each token of the rows among all of the step, int64 [B, T]."""
+        return self.row_B[:, None] * 2**32 + time_T[None, :]
+
     def uniform(self, place: str, time_T: Tensor, channels: int) -> Tensor:
         """Uniform in [0, 1), [B, T, channels] fp32; `place` names the user, `time_T` the tokens' indices in the row."""
+        return self.at(place, self.where(time_T), torch.arange(channels, device=self.row_B.device))
+
+    def at(self, place: str, where: Tensor, channels: Tensor) -> Tensor:
+        """The same for any tokens, named by `where`, and channels, by their index: [*where.shape, channels]."""
         digest = hashlib.sha256(f"{self.seed}/{self.step}/{place}".encode()).digest()
         key = int.from_bytes(digest[:8], "little", signed=True)
-        row_BT1 = (self.row_B[:, None] * 2**32 + time_T[None, :])[..., None]
-        bits = _mix(_mix(row_BT1 ^ key) + torch.arange(channels, device=row_BT1.device))
+        bits = _mix(_mix(where[..., None] ^ key) + channels)
         return (bits & (2**24 - 1)).float() * 2**-24
 
 

@@ -57,12 +57,13 @@ class Row(nn.Module):
         d_out: int,
         *,
         bias: bool = False,
+        init: Initializer | None = None,
         into: Literal["stream", "branch", "partial"] = "stream",
     ):
         super().__init__()
         assert not bias or into == "stream"
         self.shard, self.into = shard, into
-        init = shard.normal if into == "branch" else shard.residual_normal
+        init = init or (shard.normal if into == "branch" else shard.residual_normal)
         self.weight = shard.parameter((d_out, d_in), init, split=1, decay=True)
         self.bias = shard.parameter((d_out,), zeros) if bias else None
 
@@ -77,11 +78,14 @@ class Row(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of W [V, D] by token, V split over the ranks; the result is on the stream, in the shard's dtype."""
+    """Rows of W [V, D] by token, V split over the ranks; the result is on the stream, in the shard's dtype.
 
-    def __init__(self, shard: Shard, vocab_size: int, d_model: int):
+    `norm`, if any, is applied there.
+    """
+
+    def __init__(self, shard: Shard, vocab_size: int, d_model: int, norm: nn.Module | None = None):
         super().__init__()
-        self.shard = shard
+        self.shard, self.norm = shard, norm
         self.weight = shard.parameter((vocab_size, d_model), shard.normal, split=0, decay=True)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
@@ -89,4 +93,5 @@ class Embedding(nn.Module):
         local = tokens_BT.long() - self.shard.rank * rows
         here = (local >= 0) & (local < rows)
         x_BTD = F.embedding(torch.where(here, local, 0), self.weight).to(self.shard.dtype)
-        return self.shard.leave(x_BTD * here.unsqueeze(-1))
+        x_BTD = self.shard.leave(x_BTD * here.unsqueeze(-1))
+        return x_BTD if self.norm is None else self.norm(x_BTD)

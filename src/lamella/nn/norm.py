@@ -1,11 +1,16 @@
-"""Root-mean-square norms (Zhang & Sennrich 2019, arXiv 1910.07467): x / sqrt(mean(x^2) + eps) * w, in fp32."""
+"""Norms, in fp32.
+
+    RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467)    x / sqrt(mean(x^2) + eps) * w
+    LayerNorm (Ba et al. 2016, arXiv 1607.06450)         (x - mean(x)) / sqrt(var(x) + eps) * w + b
+    HeadNorm                                             LayerNorm of each head by itself, w and b by channel
+"""
 
 from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lamella.nn.initializers import ones
+from lamella.nn.initializers import Initializer, ones, zeros
 from lamella.nn.shard import Shard, wide
 
 
@@ -26,3 +31,37 @@ class RMSNorm(nn.Module):
         weight = self.weight if self.where == "copied" else self.shard.shared(self.weight, self.where)
         y = wide(x)
         return F.rms_norm(y, weight.shape, weight.to(y.dtype), self.eps).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Over the last dim of the stream, which every rank holds whole; weight and bias are replicated."""
+
+    def __init__(self, shard: Shard, width: int, eps: float):
+        super().__init__()
+        self.shard, self.eps = shard, eps
+        self.weight, self.bias = shard.parameter((width,), ones), shard.parameter((width,), zeros)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = wide(x)
+        weight, bias = (self.shard.shared(p, "stream").to(y.dtype) for p in (self.weight, self.bias))
+        return F.layer_norm(y, weight.shape, weight, bias, self.eps).to(x.dtype)
+
+
+class HeadNorm(nn.Module):
+    """Over each head of [B, T, H, V], heads split over the ranks (a GroupNorm, Wu & He 2018): returns [B, T, H * V]."""
+
+    def __init__(self, shard: Shard, channels: int, eps: float, init: Initializer = ones):
+        super().__init__()
+        self.eps = eps
+        self.weight = shard.parameter((channels,), init, split=0)
+        self.bias = shard.parameter((channels,), zeros, split=0)
+
+    def forward(self, x_BTHV: Tensor) -> Tensor:
+        y = wide(x_BTHV)
+        y = F.layer_norm(y, y.shape[-1:], eps=self.eps).flatten(2)
+        return (y * self.weight.to(y.dtype) + self.bias.to(y.dtype)).to(x_BTHV.dtype)
+
+
+def stream_norm(kind: Literal["rms", "layer"], shard: Shard, width: int, eps: float) -> RMSNorm | LayerNorm:
+    """A norm of the stream, by its name in a model file."""
+    return RMSNorm(shard, width, eps) if kind == "rms" else LayerNorm(shard, width, eps)

@@ -65,6 +65,13 @@ class Rows:
         return torch.arange(self.position_BT.shape[1], device=self.position_BT.device)
 
     @cached_property
+    def where_BT(self) -> Tensor:
+        """What names each token for random draws, int64; 0 where nothing is drawn."""
+        if self.draw is None:
+            return torch.zeros_like(self.position_BT, dtype=torch.long)
+        return self.draw.where(self.time_T)
+
+    @cached_property
     def lengths(self) -> list[int]:
         """Lengths of the documents (padding is one, too) over the rows laid end to end; they sum to B * T."""
         start = self.reset_BT.clone()

@@ -87,10 +87,13 @@ class Exchange:
         self.rank, self.size = rank, size
 
     def through(
-        self, experts: Callable[[Tensor, list[int]], Tensor], x_ND: Tensor, counts: list[int]
+        self, experts: Callable[[Tensor, Tensor, list[int]], Tensor], x_ND: Tensor, where_N: Tensor, counts: list[int]
     ) -> Tensor:
-        """`experts(x_ND, counts)`: rows sorted by expert, `counts` of them for each; returns the same rows."""
-        return experts(x_ND, counts)
+        """`experts(x_ND, where_N, counts)`: rows sorted by expert, `counts` of them for each; returns the same rows.
+
+        `where_N` names the rows' tokens, int64.
+        """
+        return experts(x_ND, where_N, counts)
 
 
 class Shard(ABC):

@@ -21,7 +21,7 @@ from lamella.mixers.base import Mixer
 from lamella.nn.shard import Parameter, Place, placed_parameters
 from lamella.parallel.mesh import Mesh
 
-REDUCE_BUCKET = 50_000_000  # elements
+REDUCE_BUCKET = 50_000_000  # elements; DeepSpeed allocates them whatever the model's size
 
 
 class Zero:
@@ -40,10 +40,11 @@ class Zero:
         if self.stage == 3:  # a branch's parameters are gathered together: parts use each other's
             branches = [m for m in model.modules() if isinstance(m, (Mixer, Channel))]
             deepspeed.utils.set_z3_leaf_modules(model, list({type(m) for m in branches}), raise_if_not_found=False)
+        bucket = min(REDUCE_BUCKET, sum(p.numel() for p in whole.parameters()))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # DeepSpeed's own deprecations
             parts: Any = deepspeed.initialize(
-                model=whole, optimizer=optimizer, config=_settings(clip_norm, mesh), mpu=_Groups(mesh)
+                model=whole, optimizer=optimizer, config=_settings(clip_norm, bucket, mesh), mpu=_Groups(mesh)
             )
         self.engine, self.optimizer = parts[:2]
 
@@ -192,11 +193,11 @@ class Zero:
                 yield name, parameter, low.start, flat, high.start, low.numel
 
 
-def _settings(clip_norm: float, mesh: Mesh) -> dict[str, Any]:
+def _settings(clip_norm: float, bucket: int, mesh: Mesh) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": mesh.layout.zero,
         "contiguous_gradients": True,
-        "reduce_bucket_size": REDUCE_BUCKET,
+        "reduce_bucket_size": bucket,
     }
     if mesh.layout.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": mesh.device.type == "cuda"}

@@ -4,9 +4,10 @@ A chart is None where the run has nothing of its kind (no mixture of experts, no
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -48,7 +49,7 @@ def loss(history: History) -> Figure:
             color=BLUE,
             arrowprops={"arrowstyle": "-", "color": BLUE, "linewidth": 0.8, "shrinkB": 4},
         )
-    _legend(axes)
+    legend(axes)
     return figure
 
 
@@ -73,7 +74,7 @@ def optimization(history: History) -> Figure:
         below.set_yscale("log")
         _plain_log_ticks(below)
     below.set_ylabel("gradient norm (log scale)")
-    _legend(below)
+    legend(below)
     return figure
 
 
@@ -88,7 +89,7 @@ def throughput(history: History) -> Figure:
     axes.set_ylabel("training tokens per second")
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
-    _legend(axes)
+    legend(axes)
     return figure
 
 
@@ -125,7 +126,7 @@ def experts(history: History) -> Figure | None:
     for even in sorted({math.log(n) for n in sizes}):
         entropy.axhline(even, color="#555555", linewidth=0.8, label=f"even: ln {round(math.exp(even))} = {even:.2f}")
     entropy.set_ylabel("router entropy\n(nats per token)")
-    _legend(entropy)
+    legend(entropy)
     return figure
 
 
@@ -259,7 +260,7 @@ def _plain_log_ticks(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _legend(axes: Axes) -> None:
+def legend(axes: Axes, handles: Sequence[Artist] | None = None) -> None:
     """Above the panel, where it covers no data."""
-    handles, names = axes.get_legend_handles_labels()
-    axes.legend(handles, names, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, frameon=False, borderaxespad=0.2)
+    found = axes.get_legend_handles_labels()[0] if handles is None else handles
+    axes.legend(handles=found, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, frameon=False, borderaxespad=0.2)

@@ -16,6 +16,7 @@ from lamella.parallel.mesh import Mesh
 from lamella.parallel.seat import find_seat
 from lamella.parallel.zero import Zero
 from lamella.train import state
+from lamella.train.balance import Balance
 from lamella.train.clock import Clock
 from lamella.train.evaluate import evaluate
 from lamella.train.folder import open_folder
@@ -41,8 +42,8 @@ class Run:
         self.zero = Zero(self.model, make_optimizer(self.model, train.optimizer), train.optimizer.clip_norm, mesh)
         loss = partial(sum_nats, self.model.shard)
         self.passes = make_passes(self.model, self.zero, loss, mesh, train.sequence_length)
-        self.totals = Totals(mesh)
-        self.step = 0 if newest is None else state.load(newest, self.zero)
+        self.totals, self.balance = Totals(mesh), Balance(config.model, self.model)
+        self.step = 0 if newest is None else state.load(newest, self.zero, self.balance)
         self.saved = self.step
         self.clock = Clock(mesh.device)
         self.reports = Reports(config, self.step) if mesh.first else None
@@ -58,6 +59,7 @@ class Run:
         record.add("nats", nats)
         record.add("stop", nats.new_tensor(float(bool(asked))))
         total = self.totals.sum(record.values)
+        self.balance.update(total)
         tokens, seconds = self.data.target_count(self.step), self.clock.take()
         line = {
             "step": self.step,
@@ -87,7 +89,7 @@ class Run:
         if self.saved == self.step:
             return
         checkpoints = self.folder / "checkpoints"
-        state.save(checkpoints, self.step, self.zero, self.config, self.data.fingerprint)
+        state.save(checkpoints, self.step, self.zero, self.balance, self.config, self.data.fingerprint)
         self.saved = self.step
         if self.mesh.first:
             store.prune(checkpoints, self.config.train.checkpoint.keep)

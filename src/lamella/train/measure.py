@@ -28,6 +28,7 @@ from lamella.parallel.mesh import Mesh
 from lamella.parallel.passes import Passes, Sequential
 from lamella.parallel.seat import find_seat
 from lamella.parallel.zero import Zero
+from lamella.train.balance import Balance
 from lamella.train.clock import Clock
 from lamella.train.loss import sum_nats
 from lamella.train.metrics import Totals
@@ -76,13 +77,15 @@ def measure(
     watch_outputs(model)
     optimizer = SGD(model.parameters(), lr=rate[0], momentum=MOMENTUM)
     stepper = _Double(model, optimizer, rate) if precision == "fp64" else _Engine(run, model, optimizer, rate, mesh)
-    totals = Totals(mesh)
+    totals, balance = Totals(mesh), Balance(run.model, model)
     report = Measured(_boxed(stepper.parameters()), [], [], [], [], [], {}, watch.found)
     for step in range(steps):
         record = Record()
         nats = accumulate_gradients(stepper.passes, data, mesh, step, seed, record, Clock(mesh.device))
         report.losses.append(mesh.sum(nats.clone()).item() / mesh.layout.tensor / data.target_count(step))
-        report.outputs.append(_outputs(totals.sum(record.values), mesh))
+        total = totals.sum(record.values)
+        balance.update(total)
+        report.outputs.append(_outputs(total, mesh))
         report.gradients.append(_boxed(stepper.gradients()))
         report.norms.append(stepper.step())
         report.weights.append(_boxed(stepper.parameters()))
@@ -173,7 +176,7 @@ def watch_outputs(model: LanguageModel) -> None:
 
 
 class CloseCalls:
-    """Notes the routers whose k-th and next chance differ by less than MARGIN: rounding may decide there."""
+    """Notes the routers that chose by less than MARGIN: rounding may decide there."""
 
     def __init__(self, model: LanguageModel):
         self.found: list[str] = []
@@ -181,12 +184,7 @@ class CloseCalls:
             if isinstance(module, Router):
                 module.register_forward_hook(self._look)
 
-    @torch.no_grad()
     def _look(self, router: Router, inputs: tuple[Tensor, Rows], output: Any) -> None:
-        k = router.options.top_k
-        if k == router.options.num_experts:
-            return
-        chance = router.logits(*inputs).softmax(-1).topk(k + 1, dim=-1).values
-        close = ((chance[..., k - 1] - chance[..., k]) < MARGIN) & inputs[1].real_BT
-        if close.any():
-            self.found.append(f"{router.place} ({int(close.sum())} tokens)")
+        close = int((router.margin(*inputs) < MARGIN).sum())
+        if close:
+            self.found.append(f"{router.place} ({close} choices)")

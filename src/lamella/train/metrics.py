@@ -1,14 +1,11 @@
-"""A step's metrics: sums gathered in the model and over the ranks, and `metrics.jsonl`, one line a step, the truth."""
+"""A step's metrics: sums gathered in the model and over the ranks."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lamella.errors import UserError
 from lamella.parallel.mesh import Mesh
 
 
@@ -38,7 +35,8 @@ class Totals:
 
 
 def moe_metrics(sums: dict[str, Tensor], tokens: int, rows: int) -> dict[str, Any]:
-    """Per mixture of experts: share of the slots by expert, share dropped, entropy (nats a token), losses (a row).
+    """Per mixture of experts: share of the slots by expert, share dropped, share of tokens that no expert sees, experts
+    without a token, entropy (nats a token), losses (a row).
 
     {"moe": {layer: {...}}}, or nothing where the model has none.
     """
@@ -47,6 +45,8 @@ def moe_metrics(sums: dict[str, Tensor], tokens: int, rows: int) -> dict[str, An
         layer: {
             "load": [round(x, 6) for x in (sums[f"{layer}/load"] / sums[f"{layer}/load"].sum()).tolist()],
             "dropped": 1 - float(sums[f"{layer}/kept"] / sums[f"{layer}/load"].sum()),
+            "missed": float(sums[f"{layer}/missed"]) / tokens,
+            "dead": int((sums[f"{layer}/load"] == 0).sum()),
             "entropy": float(sums[f"{layer}/entropy"]) / tokens,
             "aux_loss": float(sums[f"{layer}/aux_loss"]) / rows,
             "z_loss": float(sums[f"{layer}/z_loss"]) / rows,
@@ -54,31 +54,3 @@ def moe_metrics(sums: dict[str, Tensor], tokens: int, rows: int) -> dict[str, An
         for layer in layers
     }
     return {"moe": found} if found else {}
-
-
-class MetricsFile:
-    """Appends one JSON object a step; opened at a step, it forgets what was logged from that step on."""
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        kept = [line for line in read_metrics(path) if line["step"] < step] if path.exists() else []
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(path)
-        self.file = path.open("a", buffering=1)
-
-    def write(self, values: dict[str, Any]) -> None:
-        self.file.write(json.dumps(values) + "\n")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line cut off by a kill is left out. Raises UserError on a damaged line."""
-    lines = path.read_text().splitlines()
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise UserError(f"{path}: line {number} is damaged; mend or remove it") from None
-    return found

@@ -1,11 +1,16 @@
 """What the first rank tells of a run: the metrics file, which is the truth, and whoever shows it."""
 
+import os
 import sys
+import threading
 from typing import Any
 
 from lamella.config import RunConfig, dump
-from lamella.train.figures import draw
-from lamella.train.metrics import MetricsFile
+from lamella.parallel.layout import resolve
+from lamella.parallel.seat import find_seat
+from lamella.train.figures import draw, draw_layout_aside
+from lamella.train.layout_record import FILE, describe
+from lamella.train.metrics_file import MetricsFile
 from lamella.train.terminal import View
 from lamella.train.tracking import Tracker
 
@@ -18,6 +23,7 @@ class Reports:
         dump(config, config.folder / "config.yaml")
         self.metrics = MetricsFile(config.folder / "metrics.jsonl", step)
         self.view = View(config, step)
+        self.drawing = self._begin_drawing(config)
         self.tracker = Tracker(config, step) if config.tracking.enabled else None
 
     def step(self, line: dict[str, Any]) -> None:
@@ -25,11 +31,26 @@ class Reports:
         self.view.step(line)
 
     def close(self, stopped: bool) -> None:
+        if self.drawing is not None:
+            self.drawing.join()
         try:
             draw(self.folder)
         except Exception as error:  # a picture that cannot be drawn costs no run its exit code
-            why = " ".join(str(error).split())
-            print(f"the figures were not drawn ({type(error).__name__}: {why})", file=sys.stderr, flush=True)
+            _say("figures were", error)
         self.view.close(stopped)
         if self.tracker is not None:
             self.tracker.close(stopped)
+
+    def _begin_drawing(self, config: RunConfig) -> threading.Thread | None:
+        try:
+            layout = resolve(config, find_seat(dict(os.environ)).world)
+            describe(config, layout).save(self.folder / FILE)
+            return draw_layout_aside(self.folder)
+        except Exception as error:
+            _say("figure of the layout was", error)
+            return None
+
+
+def _say(what: str, error: Exception) -> None:
+    why = " ".join(str(error).split())
+    print(f"the {what} not drawn ({type(error).__name__}: {why})", file=sys.stderr, flush=True)

@@ -23,6 +23,7 @@ from lamella.model.lm import LanguageModel
 from lamella.model.stack import plan_layers
 from lamella.nn.linear import Column, Embedding, Row
 from lamella.nn.shard import Whole, placed_parameters
+from lamella.train.balance import Balance
 from lamella.train.find import find_checkpoint
 
 FORMAT = 1  # that state.py writes; to import it from there is to import DeepSpeed
@@ -71,7 +72,14 @@ def restore(
         run = change(run, data=run.data.model_dump(mode="json") | {"path": str(data[0])})
     if _fingerprint(values, data) is None:
         notes.append(f"{tokenizer}: taken as given; the run's own data, which tells its tokenizer, is not there")
+    choosing = [n for n, part in run.model.parts.items() if part.get("routing") == "expert_choice"]
+    if choosing and not capacity:
+        raise UserError(
+            f"{path}: {', '.join(choosing)}: experts choose among a whole row's tokens, later ones too, so text cannot"
+            " be continued token by token; `lamella eval` works"
+        )
     model = _load(path, run, DTYPES[dtype or run.train.precision])
+    Balance(run.model, model).restore(values.get("routers", {}))
     return Restored(model, run, found, path, values["step"], tuple(notes))
 
 

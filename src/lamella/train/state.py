@@ -1,7 +1,8 @@
 """What a run is at a step, and its way into a checkpoint and back, under any layout.
 
-Saved are the fp32 masters, both moments, and the step. There is no other state: the data's position is the step (rows
-are a function of seed, data and step), every random draw is a function of seed and step, and so is the learning rate.
+Saved are the fp32 masters, both moments, the step, and what the routers keep between steps. There is no other state:
+the data's position is the step (rows are a function of seed, data and step), every random draw is a function of seed
+and step, and so is the learning rate.
 """
 
 from pathlib import Path
@@ -15,6 +16,7 @@ from lamella.checkpoint.planner import Pieces
 from lamella.config import RunConfig
 from lamella.errors import UserError
 from lamella.parallel.zero import Zero
+from lamella.train.balance import Balance
 
 FORMAT = 1
 
@@ -30,7 +32,9 @@ def tensors(zero: Zero) -> dict[str, Pieces]:
     return found
 
 
-def save(folder: Path, step: int, zero: Zero, run: RunConfig, data_fingerprint: str) -> Path:
+def save(
+    folder: Path, step: int, zero: Zero, balance: Balance, run: RunConfig, data_fingerprint: str
+) -> Path:
     """Writes the checkpoint of `step` finished steps; all processes together. Returns its folder."""
     values = {
         "format": FORMAT,
@@ -38,6 +42,7 @@ def save(folder: Path, step: int, zero: Zero, run: RunConfig, data_fingerprint: 
         "rows": step * run.train.global_batch_size,
         "seed": run.train.seed,
         "data": data_fingerprint,
+        "routers": balance.state,
         "config": run.model_dump(mode="json"),
     }
     path = store.step_folder(folder, step)
@@ -45,9 +50,11 @@ def save(folder: Path, step: int, zero: Zero, run: RunConfig, data_fingerprint: 
     return path
 
 
-def load(path: Path, zero: Zero) -> int:
-    """Reads a checkpoint into masters, moments and parameters; all processes together. Returns its step."""
-    step = store.read_values(path)["step"]
+def load(path: Path, zero: Zero, balance: Balance) -> int:
+    """Reads a checkpoint into masters, moments, parameters and routers; all processes together. Returns its step."""
+    values = store.read_values(path)
+    step = values["step"]
+    balance.restore(values.get("routers", {}))
     zero.prepare_state(step)
     store.load(path, tensors(zero))
     zero.refresh()

@@ -1,12 +1,14 @@
-"""Mixture of experts: Switch (top-1 with capacity) and top-k, dropless or not, with shared experts.
+"""Mixture of experts: Switch (top-1 with capacity), top-k, dropless or not, expert choice, with shared experts.
 
     y = sum over the token's chosen experts e of p_e(x) expert_e(x)  +  shared(x)
 
-Capacity (`capacity_factor` set) looks at the whole row by definition: a token beyond its expert's capacity passes by
-the residual. Without it no token is dropped. `router.py` decides, `dispatch.py` moves, `experts.py` computes.
+Capacity (`capacity_factor` set) and expert choice look at the whole row by definition: a token beyond its expert's
+capacity, or that no expert takes, passes by the residual. Otherwise no token is dropped. `router.py` decides,
+`dispatch.py` moves, `experts.py` computes.
 """
 
-from typing import Annotated, Literal
+from functools import partial
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -14,9 +16,9 @@ from torch import Tensor
 from lamella.channels.base import Channel, ChannelConfig
 from lamella.channels.mlp import Activation, activate, hidden_segments, mlp_flops
 from lamella.channels.moe.dispatch import dispatch
-from lamella.channels.moe.experts import Experts
+from lamella.channels.moe.experts import Experts, ExpertSizes
 from lamella.channels.moe.router import Router, RouterOptions
-from lamella.config import Count, Positive, change
+from lamella.config import Count, Positive, Share, change
 from lamella.errors import UserError
 from lamella.nn.flops import Flops
 from lamella.nn.linear import Column, Row
@@ -32,11 +34,16 @@ class Config(ChannelConfig):
     d_ff: Positive  # of one expert
     top_k: Positive = 2
     activation: Activation = "swiglu"
-    capacity_factor: Annotated[float, Field(gt=0)] | None = None  # None: dropless
+    routing: Literal["top_k", "expert_choice"] = "top_k"  # experts that choose take T * top_k / num_experts tokens
+    capacity_factor: Annotated[float, Field(gt=0)] | None = None  # None: dropless; of expert_choice: 1
     renormalize: bool = False  # the chosen experts' weights sum to 1
-    aux_loss: Coefficient = 0.01
+    aux_loss: Coefficient = 0.01  # balance within a row; top_k only, as the next
+    global_aux_loss: Coefficient = 0.0  # balance against the last step's loads
     z_loss: Coefficient = 0.0
-    jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    bias_rate: Coefficient = 0.0  # how far a step moves the choice's bias against the loads; 0: no bias
+    jitter: Share = 0.0
+    dropout: Share = 0.0  # on the experts' hidden channels
+    init_scale: Annotated[float, Field(gt=0)] = 1.0  # of the initial variance, experts and router; Switch: 0.1
     shared_d_ff: Count = 0  # width of the experts that see every token
 
     def build(self, d_model: int, shard: Shard, place: str) -> "MoE":
@@ -56,6 +63,7 @@ class Config(ChannelConfig):
             jitter=self.jitter or 0.1,
             aux_loss=self.aux_loss or 0.01,
             z_loss=self.z_loss or 0.001,
+            dropout=self.dropout or 0.1,
         )
 
 
@@ -64,22 +72,26 @@ class MoE(Channel):
         super().__init__()
         if config.top_k > config.num_experts:
             raise UserError(f"moe: top_k={config.top_k} exceeds num_experts={config.num_experts}")
+        if config.routing == "expert_choice" and (config.bias_rate or config.renormalize):
+            raise UserError("moe: bias_rate and renormalize are for tokens that choose; leave them out here")
         self.config, self.shard = config, shard
         options = RouterOptions(**{k: getattr(config, k) for k in RouterOptions.__dataclass_fields__})
         self.router = Router(options, d_model, shard, place)
-        self.experts = Experts(config.num_experts, config.top_k, d_model, config.d_ff, config.activation, shard)
+        sizes = ExpertSizes(config.num_experts, config.top_k, d_model, config.d_ff)
+        self.experts = Experts(sizes, config.activation, config.dropout, config.init_scale, shard, place)
         shared = config.shared_d_ff
         segments = hidden_segments(config.activation, shared)
         self.shared_in = Column(shard, d_model, segments, enter=False) if shared else None
         self.shared_out = Row(shard, shared, d_model, into="partial") if shared else None
 
-    def forward(self, x_BTD: Tensor, rows: Rows) -> Tensor:
+    def forward(self, x_BTD: Tensor, rows: Rows, state: dict[str, Any] | None = None) -> Tensor:
         x_BTD = self.shard.enter(x_BTD)
         dealt = self.shard.exchange.size > 1  # then no rank of the tensor group sends a token that another sends
         mine = (self.shard.rank, self.shard.size) if dealt else (0, 1)
         slots = dispatch(self.router(x_BTD, rows), self.config.num_experts, *mine)
-        experts = lambda x_ND, counts: self.experts(x_ND, counts, rows)  # noqa: E731
-        y_ND = self.shard.exchange.through(experts, slots.gather(x_BTD), slots.counts)
+        where_N = slots.gather(rows.where_BT.unsqueeze(-1)).squeeze(-1)
+        experts = partial(self.experts, rows=rows)
+        y_ND = self.shard.exchange.through(experts, slots.gather(x_BTD), where_N, slots.counts)
         y_BTD = slots.scatter(y_ND, x_BTD)
         if self.shared_in is not None and self.shared_out is not None:
             h = self.shared_in(x_BTD)

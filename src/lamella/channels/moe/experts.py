@@ -4,40 +4,74 @@ With expert = 1 every rank of the tensor group holds a share of each expert's wi
 experts are dealt whole to the ranks of the expert group.
 """
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamella.channels.mlp import Activation, activate, hidden_segments
+from lamella.nn.initializers import scaled
 from lamella.nn.rows import Rows
 from lamella.nn.shard import Shard
 
 
+@dataclasses.dataclass(frozen=True)
+class ExpertSizes:
+    num_experts: int
+    top_k: int
+    d_model: int
+    d_ff: int
+
+
 class Experts(nn.Module):
-    def __init__(self, num_experts: int, top_k: int, d_model: int, d_ff: int, activation: Activation, shard: Shard):
+    def __init__(
+        self, sizes: ExpertSizes, activation: Activation, dropout: float, init_scale: float, shard: Shard, place: str
+    ):
         super().__init__()
         self.activation: Activation = activation
-        segments, active = hidden_segments(activation, d_ff), top_k / num_experts
+        self.shard, self.dropout, self.place, self.d_ff = shard, dropout, place, sizes.d_ff
+        segments, active = hidden_segments(activation, sizes.d_ff), sizes.top_k / sizes.num_experts
         self.parts = len(segments)
-        shape_in, shape_out = (num_experts, sum(segments), d_model), (num_experts, d_model, d_ff)
         dealt = shard.exchange.size > 1
         in_dim, out_dim, over = (0, 0, "expert") if dealt else (1, 2, "tensor")
-        fused = None if dealt else segments
         self.w_in = shard.parameter(
-            shape_in, shard.normal, split=in_dim, segments=fused, decay=True, active=active, over=over
+            (sizes.num_experts, sum(segments), sizes.d_model),
+            scaled(shard.normal, init_scale**0.5),
+            split=in_dim,
+            segments=None if dealt else segments,
+            decay=True,
+            active=active,
+            over=over,
         )
         self.w_out = shard.parameter(
-            shape_out, shard.residual_normal, split=out_dim, decay=True, active=active, over=over
+            (sizes.num_experts, sizes.d_model, sizes.d_ff),
+            scaled(shard.residual_normal, init_scale**0.5),
+            split=out_dim,
+            decay=True,
+            active=active,
+            over=over,
         )
 
-    def forward(self, x_ND: Tensor, counts: list[int], rows: Rows) -> Tensor:
-        """x sorted by this rank's experts, `counts` rows for each; returns the same rows.
+    def forward(self, x_ND: Tensor, where_N: Tensor, counts: list[int], rows: Rows) -> Tensor:
+        """x sorted by this rank's experts, `counts` rows for each; returns the same rows. `where_N` names the tokens.
 
         With their widths split over the tensor group the result is partial there.
         """
         w_in, w_out = self.w_in.to(x_ND.dtype).unbind(0), self.w_out.to(x_ND.dtype).unbind(0)
-        pieces = [
-            F.linear(rows.core(activate, self.activation, *F.linear(x, a).chunk(self.parts, dim=-1)), b)
-            for x, a, b in zip(x_ND.split(counts), w_in, w_out, strict=True)
-        ]
+        each = zip(x_ND.split(counts), where_N.split(counts), w_in, w_out, strict=True)
+        pieces = []
+        for expert, (x, where, into, out) in enumerate(each):
+            hidden = rows.core(self._hidden, F.linear(x, into), where, expert, rows)
+            pieces.append(F.linear(hidden, out))
         return torch.cat(pieces)
+
+    def _hidden(self, h_NF: Tensor, where_N: Tensor, expert: int, rows: Rows) -> Tensor:
+        h_NF = activate(self.activation, *h_NF.chunk(self.parts, dim=-1))
+        if not self.dropout or rows.draw is None:
+            return h_NF
+        first = self.shard.exchange.rank * len(self.w_in)  # the whole model's number of this rank's first expert
+        offset = self.shard.rank * h_NF.shape[-1] if h_NF.shape[-1] < self.d_ff else 0
+        channels = torch.arange(offset, offset + h_NF.shape[-1], device=h_NF.device)
+        drawn = rows.draw.at(f"{self.place}/expert{first + expert}", where_N, channels)
+        return h_NF * (drawn >= self.dropout) / (1 - self.dropout)

@@ -416,7 +416,8 @@ def test_margins():
 
 def test_the_bias_follows_the_loads_and_evens_them_out():
     """arXiv 2408.15664: over the rate's steps the loads of tokens that all like one expert become even."""
-    model = load_run("configs/run/quickstart.yaml", ["model.parts.moe.bias_rate=0.004", "model.parts.moe.top_k=1"]).model
+    biased = ["model.parts.moe.bias_rate=0.004", "model.parts.moe.top_k=1"]
+    model = load_run("configs/run/quickstart.yaml", biased).model
     part = plan_layers(model)[1].channel
     assert isinstance(part, Config)
     moe = filled(part.build(D_MODEL, Whole(), "layer1/channel"))

@@ -8,6 +8,7 @@ import dataclasses
 import multiprocessing
 import os
 import pickle
+import random
 import signal
 import socket
 import sys
@@ -79,9 +80,16 @@ def end(code: int) -> NoReturn:
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port of this machine that nobody holds, of those that systems do not hand out by themselves (32768 and up):
+    what other processes open meanwhile does not take it.
+    """
+    while True:
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", random.SystemRandom().randrange(10_000, 29_500)))
+            except OSError:
+                continue
+            return s.getsockname()[1]
 
 
 def _collect(pipes: list[Connection], processes: list[Any], timeout: float | None) -> list[Any]:

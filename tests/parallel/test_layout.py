@@ -134,6 +134,7 @@ REFUSED = [
     (2, [*PIPELINE, "stages_per_rank=3"], "6 pipeline stages for 4 layers; .* so choose 4 or fewer"),
     (4, ["pipeline=4", "schedule=zbv"], "8 pipeline stages for 4 layers; .* so choose 4 or fewer"),
     (8, ["pipeline=8", "schedule=gpipe"], "8 pipeline stages for 4 layers; .* so choose 4 or fewer"),
+    (1, ["cuts=[2]"], "cuts divide the layers among the stages of a pipeline; set pipeline, or cuts=auto"),
     (2, ["pipeline=2", "cuts=[4]"], r"a stage cannot begin at layer 4; of 4 layers, .* for example \[2\]"),
     (2, [*PIPELINE, "cuts=[1]"], "names 1 first layers, 4 stages need 3, one for each stage but the first"),
     (4, ["pipeline=4", "cuts=[2,1,3]"], r"cuts=\[2, 1, 3\] must increase, .* did you mean \[1, 2, 3\]\?"),

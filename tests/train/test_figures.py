@@ -255,7 +255,7 @@ def test_a_run_outlives_its_figures(tmp_path, monkeypatch, capsys):
         raise RuntimeError("no\nfonts")
 
     monkeypatch.setattr(reports, "draw", broken)
-    found = reports.Reports(config, 0)
+    found = reports.Reports(config, resolve(config, 1), 0)
     found.step(line(0))
     found.close(False)
     found.metrics.file.close()
@@ -268,7 +268,8 @@ def test_a_run_outlives_its_layout(tmp_path, monkeypatch, capsys):
         raise RuntimeError("no room")
 
     monkeypatch.setattr(reports, "describe", broken)
-    found = reports.Reports(nowhere(tmp_path), 0)
+    config = nowhere(tmp_path)
+    found = reports.Reports(config, resolve(config, 1), 0)
     found.step(line(0))
     found.close(False)
     found.metrics.file.close()

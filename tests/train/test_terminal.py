@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from lamella.config import DataConfig, change
+from lamella.parallel.layout import resolve
 from lamella.train import terminal
 from lamella.train.screen import Screen, Trace, bars, clock
 from tests.corpus import tiny_run
@@ -48,7 +49,7 @@ class Terminal(io.StringIO):
 
 
 def test_plain_lines(config, capsys):
-    view = terminal.View(config, 2)
+    view = terminal.View(config, resolve(config, 1), 2)
     view.step(line(2))
     view.step(line(3, **HELDOUT))
     (config.folder / "checkpoints" / "step-00000004").mkdir(parents=True)
@@ -74,7 +75,7 @@ def test_plain_lines(config, capsys):
 
 def test_nothing_left_to_train(config, capsys):
     config = change(config, tracking={"enabled": True})
-    terminal.View(config, 6).close(stopped=False)
+    terminal.View(config, resolve(config, 1), 6).close(stopped=False)
     out = capsys.readouterr().out
     assert "tiny: nothing to train, step 6 of 6 is done\n" in out
     assert out.endswith(f"  lamella track {config.folder}\n")
@@ -99,7 +100,7 @@ def test_live_view_leaves_the_terminal_clean(config, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     before = threading.active_count()
-    view = terminal.View(config, 0)
+    view = terminal.View(config, resolve(config, 1), 0)
     assert out.getvalue().rindex("\x1b[?25h") > out.getvalue().rindex(
         "\x1b[?25l"
     )  # from the start: a kill leaves it so

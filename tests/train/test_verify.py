@@ -10,6 +10,7 @@ from lamella.config import LayoutConfig, load_run, parse_layout
 from lamella.nn.rows import Recompute
 from lamella.train import matrix, verify
 from lamella.train.measure import measure
+from lamella.train.reference import References
 from tests.commands import call
 from tests.train.faults import measure_with
 
@@ -30,7 +31,7 @@ LAYOUTS = ["tensor=2", "tensor=2,sequence_parallel=true", "data=2"]
 
 @functools.cache
 def references(*overrides, precision="fp32"):
-    return verify.References(load_run(RUN, overrides), 3, precision=precision)
+    return References(load_run(RUN, overrides), 3, precision=precision)
 
 
 def some_micro_batches(layout):
@@ -198,7 +199,7 @@ ORDER = ("initial", "output", "loss", "gradient", "norm", "weight", "adam")  # o
 
 @functools.cache
 def one_step(process, *overrides):
-    return verify.References(load_run(RUN, overrides), 1, process=process)
+    return References(load_run(RUN, overrides), 1, process=process)
 
 
 @pytest.mark.parametrize(("fault", "layout", "overrides", "kind", "first", "last"), FAULTS, ids=[f[0] for f in FAULTS])

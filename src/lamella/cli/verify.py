@@ -41,10 +41,11 @@ def verify(
     layouts = [parse_layout(words) for words in layout or []] or [config.layout]
     from lamella.train import verify as verification
     from lamella.train.matrix import every_layout
+    from lamella.train.reference import References
 
     if every:
         layouts = every_layout(config, processes)
-    references = verification.References(config, steps, full, precision)
+    references = References(config, steps, full, precision)
     reports, shown = [], set()
     began = time.monotonic()
     for number, wanted in enumerate(layouts, 1):

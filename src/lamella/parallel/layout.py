@@ -136,6 +136,8 @@ def _data(wanted: LayoutConfig, world: int) -> int:
 def _stages(run: RunConfig, micro_batches: int) -> tuple[Stage, ...]:
     wanted, layers = run.layout, len(plan_layers(run.model))
     if wanted.pipeline == 1:
+        if wanted.cuts != "auto":
+            raise UserError("layout: cuts divide the layers among the stages of a pipeline; set pipeline, or cuts=auto")
         return make_stages((), layers)
     count = stage_count(wanted)
     if wanted.schedule in ("1f1b", "interleaved") and micro_batches < wanted.pipeline:

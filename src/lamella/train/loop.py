@@ -46,7 +46,7 @@ class Run:
         self.step = 0 if newest is None else state.load(newest, self.zero, self.balance)
         self.saved = self.step
         self.clock = Clock(mesh.device)
-        self.reports = Reports(config, self.step) if mesh.first else None
+        self.reports = Reports(config, mesh.layout, self.step) if mesh.first else None
 
     def train_step(self, asked: list[int]) -> bool:
         """One step, reported. Returns whether any process was asked to stop, the same on all."""

@@ -52,7 +52,7 @@ def _combinations(world: int) -> Iterator[dict]:
             (False, True) if tensor > 1 else (False,),
             SCHEDULES if pipeline > 1 else ("1f1b",),
             _divisors(tensor * data),
-            (1, 2, 3) if data > 1 else (1,),
+            (1, 2, 3),
         ):
             yield {
                 "tensor": tensor,

@@ -30,13 +30,13 @@ from lamella.parallel.seat import find_seat
 from lamella.parallel.zero import Zero
 from lamella.train.balance import Balance
 from lamella.train.clock import Clock
+from lamella.train.held import Held
 from lamella.train.loss import sum_nats
 from lamella.train.metrics import Totals
 from lamella.train.optimizer import make_optimizer
 from lamella.train.probe import ProbeRows, given_gradient, perturb
 from lamella.train.step import accumulate_gradients
 
-Held = dict[str, list[tuple[tuple[int, ...], Tensor]]]  # by name, what a process has of it: offset in the whole, block
 Precision = Literal["fp32", "fp64", "bf16"]
 MOMENTUM = 0.9
 MARGIN = 1e-6

@@ -1,13 +1,11 @@
 """What the first rank tells of a run: the metrics file, which is the truth, and whoever shows it."""
 
-import os
 import sys
 import threading
 from typing import Any
 
 from lamella.config import RunConfig, dump
-from lamella.parallel.layout import resolve
-from lamella.parallel.seat import find_seat
+from lamella.parallel.layout import Layout
 from lamella.train.figures import draw, draw_layout_aside
 from lamella.train.layout_record import FILE, describe
 from lamella.train.metrics_file import MetricsFile
@@ -18,12 +16,12 @@ from lamella.train.tracking import Tracker
 class Reports:
     """From step `step` on; what was logged from there on before is forgotten."""
 
-    def __init__(self, config: RunConfig, step: int):
+    def __init__(self, config: RunConfig, layout: Layout, step: int):
         self.folder = config.folder
         dump(config, config.folder / "config.yaml")
         self.metrics = MetricsFile(config.folder / "metrics.jsonl", step)
-        self.view = View(config, step)
-        self.drawing = self._begin_drawing(config)
+        self.view = View(config, layout, step)
+        self.drawing = self._begin_drawing(config, layout)
         self.tracker = Tracker(config, step) if config.tracking.enabled else None
 
     def step(self, line: dict[str, Any]) -> None:
@@ -41,9 +39,8 @@ class Reports:
         if self.tracker is not None:
             self.tracker.close(stopped)
 
-    def _begin_drawing(self, config: RunConfig) -> threading.Thread | None:
+    def _begin_drawing(self, config: RunConfig, layout: Layout) -> threading.Thread | None:
         try:
-            layout = resolve(config, find_seat(dict(os.environ)).world)
             describe(config, layout).save(self.folder / FILE)
             return draw_layout_aside(self.folder)
         except Exception as error:

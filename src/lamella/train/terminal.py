@@ -13,8 +13,7 @@ from rich.live import Live
 
 from lamella.config import RunConfig
 from lamella.model.count import count
-from lamella.parallel.layout import resolve
-from lamella.parallel.seat import find_seat
+from lamella.parallel.layout import Layout
 from lamella.train.screen import Screen, clock
 
 REFRESH = 4  # a second
@@ -23,8 +22,8 @@ REFRESH = 4  # a second
 class View:
     """Shows the lines of metrics as they come."""
 
-    def __init__(self, config: RunConfig, step: int):
-        self.config, self.first, self.done = config, step, step
+    def __init__(self, config: RunConfig, layout: Layout, step: int):
+        self.config, self.layout, self.first, self.done = config, layout, step, step
         self.start = time.monotonic()
         self.tokens, self.speeds = 0, array("d")
         self.losses: tuple[float, float] | None = None
@@ -57,7 +56,7 @@ class View:
             print(f"stopped at step {self.done} and saved; the same command continues", file=sys.stderr, flush=True)
 
     def _start(self, console: Console) -> None:
-        self.screen = Screen(_title(self.config), self.first, self.config.train.steps)
+        self.screen = Screen(_title(self.config, self.layout), self.first, self.config.train.steps)
         self.live = Live(self.screen, console=console, refresh_per_second=REFRESH)
         self.live.start()
         console.show_cursor(True)  # rich hides it, and a process that is killed could not bring it back
@@ -107,7 +106,7 @@ def _heldout(line: dict[str, Any]) -> str:
     return f"{line['heldout_loss']:.4f}" + ("" if math.isnan(bits) else f" ({bits:.4f} bits per byte)")
 
 
-def _title(config: RunConfig) -> str:
-    sizes, layout = count(config.model, config.train.sequence_length), resolve(config, find_seat().world)
+def _title(config: RunConfig, layout: Layout) -> str:
+    sizes = count(config.model, config.train.sequence_length)
     active = f" ({sizes.active:,} active)" if sizes.active < sizes.parameters else ""
     return f"{config.name}   {sizes.parameters:,} parameters{active}   {layout}"

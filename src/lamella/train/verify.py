@@ -11,27 +11,21 @@ mean squares over the tensors of a kind, step by step.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Literal
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
 
-from lamella.config import LayoutConfig, RunConfig, change
-from lamella.errors import UserError
+from lamella.config import LayoutConfig, change
 from lamella.parallel.layout import resolve
-from lamella.parallel.local import Outcome, run_local
-from lamella.train.measure import Held, Measured, Precision, measure
-from lamella.train.probe import ROWS, probe_batch, shrink_run
+from lamella.parallel.local import run_local
+from lamella.train.held import Held, relative, slices, whole
+from lamella.train.measure import Measured, measure
+from lamella.train.probe import ROWS
+from lamella.train.reference import TIMEOUT, Process, Reference, values
 
 LIMITS = {"initial": 0.0, "output": 1e-5, "loss": 1e-6, "gradient": 1e-5, "norm": 1e-5, "weight": 1e-5, "adam": 1e-5}
 CEILING = 1e-4
 BF16 = 4.0
-MOVE = 0.005  # how far the first step moves the weights, relative to their norm; three steps move them by over 1%
-TIMEOUT = 600.0
-SEEDS = 5
-
-Named = dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,24 +96,6 @@ class Report:
         return f"{len(self.failures)} differ; first {self.failures[0]}; worst {worst}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """One process over the probe's rows of `seed`, at `rate`: as the layouts run, and more exactly, for the noise."""
-
-    run: RunConfig
-    seed: int
-    rate: tuple[float, float]
-    precision: Precision
-    single: Measured
-    exact: Measured
-    skipped: list[str]  # seeds passed over for a router's close call, and where
-
-    def moved(self) -> float:
-        """How far the steps moved the weights, relative to their norm after the first."""
-        first, last = (_whole(held) for held in (self.single.weights[0], self.single.weights[-1]))
-        return _norm({n: last[n] - first[n] for n in first}) / _norm(first) if len(self.single.weights) > 1 else MOVE
-
-
 def processes(layout: LayoutConfig) -> int:
     """How many processes `verify` starts for a layout that says no data size: the fewest that it allows."""
     return layout.tensor * layout.pipeline * _data(layout)
@@ -129,63 +105,13 @@ def _data(layout: LayoutConfig) -> int:
     return layout.data or layout.expert // math.gcd(layout.expert, layout.tensor)
 
 
-class References:
-    """Single processes to compare with: one for all layouts that shrink the run to the same model."""
-
-    def __init__(
-        self,
-        run: RunConfig,
-        steps: int,
-        full: bool = False,
-        precision: Literal["fp32", "bf16"] = "fp32",
-        process: Callable[..., Measured] = measure,
-    ):
-        """`process` is what the started processes run: `measure`, or what a test makes of it."""
-        self.run, self.steps, self.full, self.process = run, steps, full, process
-        self.precision: Literal["fp32", "bf16"] = precision
-        self.made: dict[str, Reference] = {}
-
-    def of(self, layout: LayoutConfig) -> Reference:
-        """Raises UserError where the run does not fit the layout."""
-        small = self.shrunk(layout)
-        key = small.model_dump_json()
-        if key not in self.made:
-            self.made[key] = _reference(small, self.steps, self.precision, self.process)
-        return self.made[key]
-
-    def shrunk(self, layout: LayoutConfig) -> RunConfig:
-        """The run that stands for this one under a layout."""
-        return probe_batch(self.run, layout.tensor) if self.full else shrink_run(self.run, layout)
-
-
-def _reference(
-    run: RunConfig, steps: int, precision: Literal["fp32", "bf16"], process: Callable[..., Measured]
-) -> Reference:
-    single = LayoutConfig(micro_batch=ROWS)
-    better: Precision = "fp64" if precision == "fp32" else "fp32"
-    skipped: list[str] = []
-    for seed in range(SEEDS):
-        first = _values(run_local(1, process, run, single, 1, seed, (1e-30, 0.0), timeout=TIMEOUT))[0]
-        norm = first.norms[0]
-        rate = (MOVE * _norm(_whole(first.weights[0])) / (0.5 * norm), 0.5 * norm)  # clipped to half: the norm counts
-        one, two = (
-            _values(run_local(1, process, run, single, steps, seed, rate, kind, timeout=TIMEOUT))[0]
-            for kind in (precision, better)
-        )
-        close = sorted({*one.close_calls, *two.close_calls})
-        if not close:
-            return Reference(run, seed, rate, precision, one, two, skipped)
-        skipped.append(f"seed {seed}: a top-k margin below 1e-6 in {', '.join(close)}")
-    raise UserError(f"no seed of {SEEDS} keeps every top-k choice clear of rounding: {'; '.join(skipped)}")
-
-
 def micro_batch_counts(layout: LayoutConfig) -> tuple[int, ...]:
     """How many micro-batches a layout is tried with."""
     return (8,) if layout.pipeline > 1 else (1, 4)
 
 
 def compare(
-    reference: Reference, layout: LayoutConfig, micro_batches: int, process: Callable[..., Measured] = measure
+    reference: Reference, layout: LayoutConfig, micro_batches: int, process: Process = measure
 ) -> Report:
     """Runs a layout with so many micro-batches a step, or as many as its rows allow, and compares it."""
     world, data = processes(layout), _data(layout)
@@ -198,14 +124,7 @@ def compare(
     count = ROWS // data // wanted.micro_batch
     if bad:
         return Report(wanted, count, [], "; ".join(bad))
-    return Report(wanted, count, list(_differences(reference, _values(outcomes))))
-
-
-def _values(outcomes: list[Outcome]) -> list[Measured]:
-    for outcome in outcomes:
-        if outcome.value is None:
-            raise RuntimeError(f"a process of verify ended with code {outcome.code}; its traceback is above")
-    return [outcome.value for outcome in outcomes]
+    return Report(wanted, count, list(_differences(reference, values(outcomes))))
 
 
 def _differences(reference: Reference, ranks: list[Measured]) -> Iterator[Difference]:
@@ -248,44 +167,15 @@ def _tensors(
     kind: str, step: int, ranks: list[Held], want: Held, exact: Held | None = None
 ) -> Iterator[Difference]:
     """Every tensor, assembled from the ranks' blocks; of several ranks that hold the same block the worst counts."""
-    exacts = {} if exact is None else _whole(exact)
-    for name, whole in _whole(want).items():
-        noise = _relative(whole.double() - exacts[name], exacts[name]) if exacts else 0.0
-        error = torch.zeros_like(whole, dtype=torch.float64)
-        covered = torch.zeros_like(whole, dtype=torch.bool)
+    exacts = {} if exact is None else whole(exact)
+    for name, wanted in whole(want).items():
+        noise = relative(wanted.double() - exacts[name], exacts[name]) if exacts else 0.0
+        error = torch.zeros_like(wanted, dtype=torch.float64)
+        covered = torch.zeros_like(wanted, dtype=torch.bool)
         for offset, block in (piece for held in ranks for piece in held.get(name, [])):
-            place = _slices(offset, block)
-            off = block.double() - whole[place]
+            place = slices(offset, block)
+            off = block.double() - wanted[place]
             error[place] = torch.where(off.abs() > error[place].abs(), off, error[place])
             error[place] = torch.where(off.isnan(), off, error[place])
             covered[place] = True
-        yield Difference(kind, step, name, _relative(error, whole) if covered.all() else math.inf, noise)
-
-
-def _whole(held: Held) -> Named:
-    """The tensors of a process that holds all of them."""
-    found = {}
-    for name, blocks in held.items():
-        if len(blocks) == 1:
-            found[name] = blocks[0][1]
-            continue
-        dims = range(blocks[0][1].dim())
-        shape = [max(offset[d] + block.shape[d] for offset, block in blocks) for d in dims]
-        found[name] = torch.full(shape, math.nan, dtype=blocks[0][1].dtype)
-        for offset, block in blocks:
-            found[name][_slices(offset, block)] = block
-    return found
-
-
-def _slices(offset: tuple[int, ...], block: Tensor) -> tuple[slice, ...]:
-    return tuple(slice(o, o + n) for o, n in zip(offset, block.shape, strict=True))
-
-
-def _relative(error: Tensor, whole: Tensor) -> float:
-    size = float(whole.double().norm())
-    off = float(error.double().norm())
-    return off / size if size else (0.0 if off == 0 else math.inf)
-
-
-def _norm(tensors: Named) -> float:
-    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
+        yield Difference(kind, step, name, relative(error, wanted) if covered.all() else math.inf, noise)

@@ -5,10 +5,11 @@ the fast form in plain torch. The package needs torch only.
 """
 
 from lamella_kernels.causal_conv1d import causal_conv1d
+from lamella_kernels.grouped_gemm import grouped_gemm
 from lamella_kernels.linear_attention import linear_attention
 from lamella_kernels.selective_scan import selective_scan
 from lamella_kernels.ssd import ssd
 from lamella_kernels.wkv6 import wkv6
 from lamella_kernels.wkv7 import wkv7
 
-__all__ = ["causal_conv1d", "linear_attention", "selective_scan", "ssd", "wkv6", "wkv7"]
+__all__ = ["causal_conv1d", "grouped_gemm", "linear_attention", "selective_scan", "ssd", "wkv6", "wkv7"]

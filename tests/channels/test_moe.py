@@ -388,19 +388,19 @@ def test_dropout_is_drawn_by_token_expert_and_channel():
     assert relative(together, moe(x, ROWS)) > 0.1
     hidden = torch.ones(1000, 2 * config.d_ff, dtype=torch.float64)
     rows = packed([[1000]], row_numbers=[0])
-    kept = moe.experts._hidden(hidden, rows.where_BT[0], 2, rows)
+    kept = moe.experts._hidden(hidden, rows.where_BT[0], [0, 0, 1000, 0], rows)
     assert abs(float((kept == 0).double().mean()) - 0.4) < 0.03
-    outside = moe.experts._hidden(hidden[:1], rows.where_BT[0, :1], 2, packed([[1]]))
+    outside = moe.experts._hidden(hidden[:1], rows.where_BT[0, :1], [0, 0, 1, 0], packed([[1]]))
     assert float(kept.max()) == pytest.approx(float(outside.max()) / 0.6)
     halves = []
     for rank in range(2):
         part = config.build(D_MODEL, OneOf(rank, 2), "here").experts
-        halves.append(part._hidden(hidden[:, : config.d_ff], rows.where_BT[0], 2, rows))
+        halves.append(part._hidden(hidden[:, : config.d_ff], rows.where_BT[0], [0, 0, 1000, 0], rows))
     assert torch.equal(torch.cat(halves, 1), kept)
     shard = double()
     shard.exchange = Exchange(1, 2)
     dealt = config.build(D_MODEL, shard, "here").experts
-    assert torch.equal(dealt._hidden(hidden, rows.where_BT[0], 0, rows), kept)  # its first is the third of all
+    assert torch.equal(dealt._hidden(hidden, rows.where_BT[0], [1000, 0], rows), kept)  # its first is the third of all
 
 
 def test_margins():

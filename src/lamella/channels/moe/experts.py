@@ -7,13 +7,13 @@ experts are dealt whole to the ranks of the expert group.
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamella.channels.mlp import Activation, activate, hidden_segments
 from lamella.nn.initializers import scaled
 from lamella.nn.rows import Rows
 from lamella.nn.shard import Shard
+from lamella_kernels.grouped_gemm import grouped_gemm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,20 +58,16 @@ class Experts(nn.Module):
 
         With their widths split over the tensor group the result is partial there.
         """
-        w_in, w_out = self.w_in.to(x_ND.dtype).unbind(0), self.w_out.to(x_ND.dtype).unbind(0)
-        each = zip(x_ND.split(counts), where_N.split(counts), w_in, w_out, strict=True)
-        pieces = []
-        for expert, (x, where, into, out) in enumerate(each):
-            hidden = rows.core(self._hidden, F.linear(x, into), where, expert, rows)
-            pieces.append(F.linear(hidden, out))
-        return torch.cat(pieces)
+        hidden = grouped_gemm(x_ND, self.w_in, counts)
+        return grouped_gemm(rows.core(self._hidden, hidden, where_N, counts, rows), self.w_out, counts)
 
-    def _hidden(self, h_NF: Tensor, where_N: Tensor, expert: int, rows: Rows) -> Tensor:
+    def _hidden(self, h_NF: Tensor, where_N: Tensor, counts: list[int], rows: Rows) -> Tensor:
         h_NF = activate(self.activation, *h_NF.chunk(self.parts, dim=-1))
         if not self.dropout or rows.draw is None:
             return h_NF
         first = self.shard.exchange.rank * len(self.w_in)  # the whole model's number of this rank's first expert
         offset = self.shard.rank * h_NF.shape[-1] if h_NF.shape[-1] < self.d_ff else 0
         channels = torch.arange(offset, offset + h_NF.shape[-1], device=h_NF.device)
-        drawn = rows.draw.at(f"{self.place}/expert{first + expert}", where_N, channels)
-        return h_NF * (drawn >= self.dropout) / (1 - self.dropout)
+        each = enumerate(where_N.split(counts), first)
+        drawn = [rows.draw.at(f"{self.place}/expert{expert}", where, channels) for expert, where in each]
+        return h_NF * (torch.cat(drawn) >= self.dropout) / (1 - self.dropout)

@@ -34,7 +34,7 @@ from lamella.model.init import generator
 from lamella.model.lm import LanguageModel
 from lamella.parallel.layout import Layout, resolve
 from lamella.parallel.local import run_local
-from lamella.parallel.zero import REDUCE_BUCKET
+from lamella.parallel.zero import Zero
 
 MIB = 2**20
 MODEL: dict[str, Any] = {
@@ -188,9 +188,11 @@ def sizes(tensors: Iterable[Tensor], without: Iterable[Tensor] = ()) -> list[int
     return [n for key, n in storages.items() if key not in skipped]
 
 
-def rest(found: list[int]) -> int:
-    """All but DeepSpeed's buckets."""
-    return sum(n for n in found if n != 4 * REDUCE_BUCKET)
+def buckets(zero: Zero) -> Iterator[Tensor]:
+    """What DeepSpeed reduces gradients in."""
+    for bucket in zero.optimizer.ipg_buckets.values():
+        buffers = bucket.buffer if isinstance(bucket.buffer, list) else [bucket.buffer]
+        yield from (buffer for buffer in buffers if buffer is not None)
 
 
 def resident(word: str) -> int:
@@ -202,10 +204,10 @@ def resident(word: str) -> int:
 
 def rank(run: RunConfig) -> Found:
     """What one process does."""
+    from lamella.nn.record import Record
     from lamella.parallel import mesh as meshes
     from lamella.parallel.apply import build_model, make_passes
     from lamella.parallel.seat import find_seat
-    from lamella.parallel.zero import Zero
     from lamella.train.clock import Clock
     from lamella.train.loss import sum_nats
     from lamella.train.optimizer import make_optimizer
@@ -224,8 +226,6 @@ def rank(run: RunConfig) -> Found:
     data = FullRows(run.model.vocab_size, train.sequence_length, train.global_batch_size)
 
     def gradients(step: int) -> None:
-        from lamella.nn.record import Record
-
         accumulate_gradients(passes, data, mesh, step, 0, Record(), Clock(mesh.device))
 
     for step in range(2):
@@ -240,17 +240,20 @@ def rank(run: RunConfig) -> Found:
     weights += [p for p in model.parameters() if p.numel()]
     moments = (t for state in zero.optimizer.optimizer.state.values() for t in state.values())
     states = [*zero._flats(), *(t for t in moments if torch.is_tensor(t))]
-    backward = sizes(reachable(model), [*weights, *states])
-    hook = lambda *_: updates.append(rest(sizes(reachable(model), [*weights, *states])))  # noqa: E731
-    register_optimizer_step_pre_hook(hook)
+
+    def gradients_alive() -> int:
+        return sum(sizes(reachable(model), [*weights, *states, *buckets(zero)]))
+
+    backward, bucket = gradients_alive(), sum(sizes(buckets(zero)))
+    register_optimizer_step_pre_hook(lambda *_: updates.append(gradients_alive()))
     zero.step(train.optimizer.lr)
     with Alive(reachable(model)) as alive:
         gradients(3)
         zero.step(train.optimizer.lr)
     found = Found(
         sum(sizes(weights)),
-        rest(backward),
-        sum(backward) - rest(backward),
+        backward,
+        bucket,
         max(updates),
         sum(sizes(states, weights)),
         saved.peak,

@@ -40,11 +40,11 @@ class Zero:
         if self.stage == 3:  # a branch's parameters are gathered together: parts use each other's
             branches = [m for m in model.modules() if isinstance(m, (Mixer, Channel))]
             deepspeed.utils.set_z3_leaf_modules(model, list({type(m) for m in branches}), raise_if_not_found=False)
-        bucket = min(REDUCE_BUCKET, sum(p.numel() for p in whole.parameters()))
+        settings = _settings(clip_norm, sum(p.numel() for p in whole.parameters()), _largest(model), mesh)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # DeepSpeed's own deprecations
             parts: Any = deepspeed.initialize(
-                model=whole, optimizer=optimizer, config=_settings(clip_norm, bucket, mesh), mpu=_Groups(mesh)
+                model=whole, optimizer=optimizer, config=settings, mpu=_Groups(mesh)
             )
         self.engine, self.optimizer = parts[:2]
 
@@ -193,12 +193,23 @@ class Zero:
                 yield name, parameter, low.start, flat, high.start, low.numel
 
 
-def _settings(clip_norm: float, bucket: int, mesh: Mesh) -> dict[str, Any]:
+def _largest(model: nn.Module) -> int:
+    """Elements of the largest branch or single parameter: what has to be whole at once."""
+    branches = (m for m in model.modules() if isinstance(m, (Mixer, Channel)))
+    sizes = [sum(p.numel() for p in branch.parameters()) for branch in branches]
+    return max([*sizes, *(p.numel() for p in model.parameters())])
+
+
+def _settings(clip_norm: float, whole: int, largest: int, mesh: Mesh) -> dict[str, Any]:
+    """`whole`, `largest`: elements of the model, and of what has to be gathered at once."""
     zero: dict[str, Any] = {
         "stage": mesh.layout.zero,
         "contiguous_gradients": True,
-        "reduce_bucket_size": bucket,
+        "reduce_bucket_size": min(REDUCE_BUCKET, whole),
     }
+    if mesh.layout.zero == 3:  # what is computed and what comes next; by its defaults all of a model of up to 1e9 stays
+        zero |= {"stage3_max_live_parameters": 2 * largest, "stage3_max_reuse_distance": largest}
+        zero |= {"stage3_prefetch_bucket_size": largest, "reduce_bucket_size": min(REDUCE_BUCKET, 2 * largest)}
     if mesh.layout.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": mesh.device.type == "cuda"}
     return {

@@ -8,17 +8,24 @@ import pytest
 import torch
 
 from lamella_kernels.causal_conv1d import causal_conv1d, reference
+from tests.kernels.building import (
+    assert_agree,
+    assert_exact,
+    assert_finite,
+    assert_gradients,
+    source,
+    values_and_gradients,
+)
+
+pytestmark = pytest.mark.usefixtures("form")
 
 
 def make(time, batch=2, channels=6, width=4, dtype=torch.float64, seed=0, initial=True):
-    random = torch.Generator().manual_seed(seed)
+    normal = source(seed)
     shapes = {"x": (batch, time, channels), "weight": (channels, width), "bias": (channels,)}
     if initial:
         shapes["initial"] = (batch, width - 1, channels)
-    return {
-        name: torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype).requires_grad_()
-        for name, shape in shapes.items()
-    }
+    return {name: normal(*shape).to(dtype).requires_grad_() for name, shape in shapes.items()}
 
 
 def positions(time, batch=2, seed=1, dtype=torch.int32):
@@ -35,7 +42,7 @@ def positions(time, batch=2, seed=1, dtype=torch.int32):
     return position
 
 
-def run(inputs, position=None, activation="silu"):
+def run(inputs, position=None, activation: str | None = "silu"):
     named = {"activation": activation, "position_BT": position, "initial_state_BKI": inputs.get("initial")}
     return causal_conv1d(inputs["x"], inputs["weight"], inputs.get("bias"), **named, return_state=True)
 
@@ -46,27 +53,12 @@ def run_reference(inputs, position=None, activation="silu"):
     )
 
 
-def values_and_gradients(function, inputs, *options):
-    y, state = function(inputs, *options)
-    random = torch.Generator().manual_seed(2)
-    weights = [torch.randn(v.shape, generator=random, dtype=torch.float64).to(v.dtype) for v in (y, state)]
-    gradients = torch.autograd.grad((y, state), list(inputs.values()), weights)
-    return {"y": y, "state": state, **dict(zip(inputs, gradients, strict=True))}
-
-
-def assert_close(ours, theirs, limit):
-    for name, value in theirs.items():
-        expected = value.detach().double()
-        assert (ours[name].detach().double() - expected).norm() <= limit * expected.norm(), name
-
-
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("time", [1, 2, 63, 100])
 def test_fp64_equals_reference(time, packed, activation):
     inputs, position = make(time), positions(time) if packed else None
-    ours = values_and_gradients(run, inputs, position, activation)
-    assert_close(ours, values_and_gradients(run_reference, inputs, position, activation), 1e-13)
+    assert_agree(run, run_reference, inputs, position, activation, limit=1e-13)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 7])
@@ -74,29 +66,23 @@ def test_fp64_equals_reference(time, packed, activation):
 def test_any_width(time, width):
     inputs = make(time, width=width, initial=width > 1)
     for position in (None, positions(time, dtype=torch.int64)):
-        ours = values_and_gradients(run, inputs, position)
-        assert_close(ours, values_and_gradients(run_reference, inputs, position), 1e-13)
+        assert_agree(run, run_reference, inputs, position, limit=1e-13)
 
 
 def test_without_bias_and_state():
     inputs = {name: value for name, value in make(30, initial=False).items() if name != "bias"}
-    assert_close(values_and_gradients(run, inputs), values_and_gradients(run_reference, inputs), 1e-13)
+    assert_agree(run, run_reference, inputs, limit=1e-13)
 
 
 def test_fp32_equals_fp64():
-    inputs, position = make(257, dtype=torch.float32), positions(257)
-    exact = {name: value.detach().double().requires_grad_() for name, value in inputs.items()}
-    ours = values_and_gradients(run, inputs, position)
-    assert_close(ours, values_and_gradients(run_reference, exact, position), 1e-6)
+    assert_exact(run, run_reference, make(257, dtype=torch.float32), positions(257), limit=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rounds_only_inputs_and_outputs(dtype):
-    inputs, position = make(100, dtype=dtype), positions(100)
-    exact = {name: value.detach().double().requires_grad_() for name, value in inputs.items()}
-    ours = values_and_gradients(run, inputs, position)
+    limit = torch.finfo(dtype).eps
+    ours = assert_exact(run, run_reference, make(100, dtype=dtype), positions(100), limit=limit)
     assert {value.dtype for value in ours.values()} == {dtype}
-    assert_close(ours, values_and_gradients(run_reference, exact, position), torch.finfo(dtype).eps)
 
 
 def test_is_torch_conv1d_where_nothing_is_packed():
@@ -121,10 +107,7 @@ def test_formula_by_hand():
 
 
 def test_gradcheck():
-    inputs, position = make(5, channels=2, width=3), positions(5)
-    assert torch.autograd.gradcheck(
-        lambda *v: run(dict(zip(inputs, v, strict=True)), position), tuple(inputs.values()), fast_mode=False
-    )
+    assert_gradients(run, make(5, channels=2, width=3), positions(5))
 
 
 @pytest.mark.parametrize("pieces", [(10, 2, 1, 17), (1,) * 12])
@@ -142,8 +125,7 @@ def test_pieces_with_the_state_handed_over(pieces, packed):
             start += length
         return torch.cat(ys, 1), state
 
-    ours = values_and_gradients(in_pieces, inputs, position)
-    assert_close(ours, values_and_gradients(run, inputs, position), 1e-13)
+    assert_agree(in_pieces, run, inputs, position, limit=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -178,19 +160,10 @@ def test_backward_saves_inputs_alone():
     assert set(saved) == {v.data_ptr() for v in (*inputs.values(), position)}
 
 
-@pytest.fixture
-def poisoned():
-    """torch.empty returns NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("time", [1, 2, 63])
 def test_everything_is_written(poisoned, time):
-    assert torch.empty(3).isnan().all()
     for position in (None, positions(time)):
-        assert all(value.isfinite().all() for value in values_and_gradients(run, make(time), position).values())
+        assert_finite(values_and_gradients(run, make(time), position))
 
 
 @pytest.mark.parametrize(

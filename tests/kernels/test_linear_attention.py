@@ -1,34 +1,36 @@
-"""Linear attention against the equation: values, every gradient, packed documents, states handed over, extremes.
+"""Linear attention: the equations of the papers, chunks, extremes, cost.
 
 B batch, T time, H head, K size of a key, V of a value.
 """
 
-import importlib.util
 import itertools
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lamella_kernels.linear_attention import State, eager, linear_attention, reference
+from tests.kernels.building import (
+    assert_agree,
+    assert_close,
+    assert_exact,
+    assert_finite,
+    assert_gradients,
+    cost,
+    fla_file,
+    resets,
+    source,
+    starting,
+    values_and_gradients,
+    weights,
+)
 
-LENGTHS = (1, 2, 31, 70, 129)
-KINDS = ("constant", "varying")
+TOKENS = {"constant": ("q", "k", "v"), "varying": ("q", "k", "v", "decay")}
 
 
 def make(time, kind="varying", batch=2, heads=3, keys=4, values=6, dtype=torch.float64, seed=0, initial=True):
     """Inputs by name; the decay and the state stay fp32 where q is half precision."""
-    random = torch.Generator().manual_seed(seed)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=random, dtype=torch.float64)
-
+    normal, wide = source(seed), torch.promote_types(dtype, torch.float32)
     decay = normal(heads) if kind == "constant" else normal(batch, time, heads)
     inputs = {
         "q": normal(batch, time, heads, keys).to(dtype),
@@ -37,98 +39,54 @@ def make(time, kind="varying", batch=2, heads=3, keys=4, values=6, dtype=torch.f
         "decay": -(decay - 2).exp().to(wide),
     }
     if initial:
-        inputs["kv"] = normal(batch, heads, keys, values).to(wide)
+        inputs["initial"] = normal(batch, heads, keys, values).to(wide)
     return {name: value.requires_grad_() for name, value in inputs.items()}
 
 
-def sums(inputs):
-    """The state's other parts, which no gradient reaches: z [B, H, K] and w [B, H]."""
-    if "kv" not in inputs:
-        return None, None
-    z = inputs["kv"].detach().mean(-1)
-    return z, z.abs().sum(-1)
-
-
-def resets(time, batch=2, seed=1):
-    """Documents of random lengths, some of one token, other ones in each row; row 0 continues the initial state."""
-    random = torch.Generator().manual_seed(seed)
-    reset = torch.rand(batch, time, generator=random) < 0.08
-    reset[:, 1:] |= reset[:, :-1] & (torch.rand(batch, time - 1, generator=random) < 0.3)
-    reset[0, 0], reset[-1, 0] = False, True
-    return reset
+def state_of(inputs):
+    """A state's other parts, which no gradient reaches, are made up: z [B, H, K] and w [B, H]."""
+    state = inputs.get("initial")
+    if not isinstance(state, torch.Tensor):
+        return state
+    z = state.detach().mean(-1)
+    return State(state, z, z.abs().sum(-1))
 
 
 def run(inputs, reset=None, normalize=True):
-    a = inputs
-    state = State(a["kv"], *sums(a)) if "kv" in a else None
+    a, state = inputs, state_of(inputs)
     named = {"normalize": normalize, "reset_BT": reset, "initial_state": state, "return_state": True}
     return linear_attention(a["q"], a["k"], a["v"], a["decay"], **named)
 
 
 def run_reference(inputs, reset=None, normalize=True):
-    a = inputs
-    args = a["q"], a["k"], a["v"], a["decay"], normalize, reset, a.get("kv"), *sums(a)
-    y, *state = reference.linear_attention(*args)
-    return y, State(*state)
-
-
-def values_and_gradients(function, inputs, reset, normalize=True):
-    y, state = function(inputs, reset, normalize)
-    random = torch.Generator().manual_seed(2)
-    results = y, state.kv_BHKV
-    weights = [torch.randn(v.shape, generator=random, dtype=torch.float64).to(v.dtype) for v in results]
-    gradients = torch.autograd.grad(results, list(inputs.values()), weights)
-    out = {"y": y, "state": state.kv_BHKV, **dict(zip(inputs, gradients, strict=True))}
-    return out | ({"keys": state.keys_BHK, "weight": state.weight_BH} if normalize else {})
-
-
-def distances(ours, theirs):
-    ours, theirs = ({name: v.detach().double() for name, v in side.items()} for side in (ours, theirs))
-    return {name: float((ours[name] - theirs[name]).norm() / (theirs[name].norm() + 1e-300)) for name in theirs}
-
-
-def assert_close(ours, theirs, limit):
-    assert ours.keys() == theirs.keys()
-    far = {name: distance for name, distance in distances(ours, theirs).items() if not distance <= limit}
-    assert not far
-
-
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("time", LENGTHS)
-def test_fp64_equals_reference(time, kind, packed, normalize):
-    inputs, reset = make(time, kind), resets(time) if packed else None
-    ours, theirs = (values_and_gradients(f, inputs, reset, normalize) for f in (run, run_reference))
-    assert_close(ours, theirs, 1e-12)
+    a, state = inputs, state_of(inputs) or (None, None, None)
+    y, kv, *sums = reference.linear_attention(a["q"], a["k"], a["v"], a["decay"], normalize, reset, *state)
+    return y, State(kv, *sums) if normalize else State(kv)
 
 
 @pytest.mark.parametrize("size", [1, 5, 16, 21, 62, 63])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOKENS)
 def test_every_chunking_equals_reference(monkeypatch, kind, size):
     """Also lengths that do not divide, and documents that start and end exactly at the borders of chunks."""
     monkeypatch.setattr(eager, "chunk_size", lambda time, keys, values: size)
     inputs = make(63, kind)
     for reset in (None, resets(63), (torch.arange(63) % size == 0).expand(2, 63)):
-        ours, theirs = (values_and_gradients(function, inputs, reset) for function in (run, run_reference))
-        assert_close(ours, theirs, 1e-12)
+        assert_agree(run, run_reference, inputs, reset, limit=1e-12)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOKENS)
 def test_without_a_state(kind):
     """Neither given nor asked for: the same outputs and gradients."""
     inputs, reset = make(100, kind, initial=False), resets(100)
-    names = ("q", "k", "v", "decay")
-    args = [inputs[name] for name in names]
-    y = linear_attention(*args, normalize=True, reset_BT=reset)
-    expected = run_reference(inputs, reset)[0]
-    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=y.dtype)
-    ours, theirs = (torch.autograd.grad(out, args, weight) for out in (y, expected))
-    assert_close(dict(zip(names, ours, strict=True)), dict(zip(names, theirs, strict=True)), 1e-12)
-    assert_close({"y": y}, {"y": expected}, 1e-13)
+    assert_agree(
+        lambda a: (linear_attention(a["q"], a["k"], a["v"], a["decay"], normalize=True, reset_BT=reset), None),
+        lambda a: (run_reference(a, reset)[0], None),
+        inputs,
+        limit=1e-13,
+    )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOKENS)
 def test_parallel_recurrent_and_chunkwise_are_one(kind, monkeypatch):
     """One chunk of the whole row, chunks of one token, chunks between: with the normalisation that RetNet defines.
 
@@ -163,101 +121,59 @@ def test_the_recurrence_in_numpy():
     np.testing.assert_allclose(run(inputs, reset)[0].detach().numpy(), expected, rtol=1e-11, atol=1e-13)
 
 
-def test_retention_equals_flash_linear_attention():
-    """Its equation, fp64: o = (q k^T / sqrt(K) * D) v with D_ts = gamma_h^(t-s); and its own plain form where it is
-    installed, loaded from its file, since the package asks for triton.
-    """
+def retention():
+    """q, k, v as [B, H, T, C], the decays of four heads, and our outputs of queries over sqrt(K)."""
     inputs = make(50, "constant", heads=4, initial=False)
     decay = torch.log1p(-(2.0 ** (-5 - torch.arange(4, dtype=torch.float64))))
     q, k, v = (inputs[name].detach() for name in "qkv")
-    ours = linear_attention(q * 4**-0.5, k, v, decay)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    y = linear_attention(q * 4**-0.5, k, v, decay)
+    assert isinstance(y, torch.Tensor)
+    return *(t.transpose(1, 2) for t in (q, k, v)), decay, y.transpose(1, 2)
+
+
+def test_retention_of_the_paper():
+    """o = (q k^T / sqrt(K) * D) v with D_ts = gamma_h^(t-s)."""
+    q, k, v, decay, ours = retention()
     back = torch.arange(50)[:, None] - torch.arange(50)
     D = (back.double() * decay[:, None, None]).exp().tril()
-    assert_close({"y": ours}, {"y": ((q @ k.mT) * 4**-0.5 * D @ v).transpose(1, 2)}, 1e-13)
-    found = importlib.util.find_spec("fla")
-    if found is not None and found.submodule_search_locations:
-        file = Path(found.submodule_search_locations[0]) / "ops" / "retention" / "naive.py"
-        spec = importlib.util.spec_from_file_location("fla_naive_retention", file)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        theirs = module.naive_retention(q, k, v)  # computes in fp32
-        assert_close({"y": ours}, {"y": theirs.transpose(1, 2)}, 2e-6)
+    assert_close({"y": ours}, {"y": (q @ k.mT) * 4**-0.5 * D @ v}, 1e-13)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("time", LENGTHS)
-def test_fp32_equals_fp64(time, kind):
-    inputs, reset = make(time, kind, dtype=torch.float32), resets(time)
-    exact = {name: value.detach().double().requires_grad_() for name, value in inputs.items()}
-    ours = values_and_gradients(run, inputs, reset)
-    assert {v.dtype for v in ours.values()} == {torch.float32}
-    assert_close(ours, values_and_gradients(run_reference, exact, reset), 5e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_rounds_only_inputs_and_outputs(dtype):
-    inputs, reset = make(100, dtype=dtype), resets(100)
-    ours = values_and_gradients(run, inputs, reset)
-    assert all(ours[name].dtype == dtype for name in ("y", "q", "k", "v"))
-    assert all(ours[name].dtype == torch.float32 for name in ("state", "keys", "weight", "decay", "kv"))
-    assert_close(ours, values_and_gradients(run_reference, inputs, reset), torch.finfo(dtype).eps / 8)
+@pytest.mark.peer
+def test_retention_equals_flash_linear_attention():
+    """Its plain form, which computes in fp32."""
+    q, k, v, _, ours = retention()
+    theirs = fla_file("ops/retention/naive.py").naive_retention(q, k, v)
+    assert_close({"y": ours}, {"y": theirs}, 2e-6)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOKENS)
 def test_gradcheck(monkeypatch, kind, normalize):
     """Numerical derivatives. The divisor is held where it is: its own gradient is cut by definition."""
     monkeypatch.setattr(eager, "chunk_size", lambda time, keys, values: 4)
     inputs, reset = make(11, kind, heads=2, keys=2, values=3), resets(11, seed=4)
     if not normalize:
-        assert torch.autograd.gradcheck(
-            lambda *args: tuple(values(dict(zip(inputs, args, strict=True)), reset, False)), tuple(inputs.values())
-        )
+        assert_gradients(run, inputs, reset, False)
         return
     plain, divided = (run(inputs, reset, n)[0].detach() for n in (False, True))
     divisor = plain / divided  # one number for all of a token's values, by the tests above
-    weight = torch.randn(plain.shape, generator=torch.Generator().manual_seed(5), dtype=plain.dtype)
-    names = ("q", "k", "v", "decay", "kv")
-    expected = torch.autograd.grad(run(inputs, reset, False)[0], list(inputs.values()), weight / divisor)
-    ours = torch.autograd.grad(run(inputs, reset, True)[0], list(inputs.values()), weight)
-    assert_close(dict(zip(names, ours, strict=True)), dict(zip(names, expected, strict=True)), 1e-10)
 
+    def gradients(normalize, weight):
+        y = run(inputs, reset, normalize)[0]
+        return dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), weight), strict=True))
 
-def values(inputs, reset, normalize):
-    y, state = run(inputs, reset, normalize)
-    return y, state.kv_BHKV
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cuts", [(1,), (40, 64), (7, 8, 9, 80)], ids=str)
-def test_pieces_with_the_state_handed_over_equal_the_whole(kind, cuts):
-    inputs, reset = make(100, kind), resets(100)
-    whole = values_and_gradients(run, inputs, reset)
-
-    def pieces(inputs, reset, normalize):
-        state, out = State(inputs["kv"], *sums(inputs)), []
-        for a, b in zip((0, *cuts), (*cuts, 100), strict=True):
-            now = [inputs[name][:, a:b] for name in "qkv"]
-            decay = inputs["decay"] if kind == "constant" else inputs["decay"][:, a:b]
-            y, state = linear_attention(
-                *now, decay, normalize=True, reset_BT=reset[:, a:b], initial_state=state, return_state=True
-            )
-            out.append(y)
-        return torch.cat(out, 1), state
-
-    assert_close(values_and_gradients(pieces, inputs, reset), whole, 1e-12)
+    weight = source(5)(*plain.shape)
+    assert_close(gradients(True, weight), gradients(False, weight / divisor), 1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOKENS)
 def test_documents_are_isolated(kind, dtype):
     """Bit for bit, outputs and gradients, whatever the others hold (also their decays) and wherever they are cut."""
     time = 100
-    reset = torch.zeros(2, time, dtype=torch.bool)
     starts = (0, 20, 21, 64, 90, time)
-    reset[:, list(starts[:-1])] = True
+    reset = starting(starts[:-1], time)
     inputs = make(time, kind, dtype=dtype, initial=False)
     names = [name for name in inputs if not (name == "decay" and kind == "constant")]
     before = values_and_gradients(run, inputs, reset)
@@ -276,8 +192,7 @@ def test_documents_are_isolated(kind, dtype):
         cut[:, start] = True
         for now in (reset, cut):
             y, _ = run(changed, now)
-            weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(y.dtype)
-            gradients = torch.autograd.grad(y, [changed[n] for n in names], weight)
+            gradients = torch.autograd.grad(y, [changed[n] for n in names], weights(y))
             assert torch.equal(y[:, start:end], before["y"][:, start:end])
             last = end == time  # its gradient also comes from the state, in `before`
             for name, gradient in zip(names, gradients, strict=True):
@@ -285,17 +200,7 @@ def test_documents_are_isolated(kind, dtype):
                     assert torch.equal(gradient[:, start:end], before[name][:, start:end]), (name, start)
 
 
-def test_reset_at_the_first_token_drops_the_initial_state():
-    inputs = make(20)
-    reset = torch.zeros(2, 20, dtype=torch.bool)
-    reset[:, 0] = True
-    y, _ = run(inputs, reset)
-    without, _ = run({name: value for name, value in inputs.items() if name != "kv"}, reset)
-    assert torch.equal(y, without)
-    assert not torch.autograd.grad(y.sum(), inputs["kv"])[0].any()
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOKENS)
 def test_extreme_decays(kind):
     """From 1 to below the smallest number and to 0 itself, beside resets: finite, and as exact as elsewhere."""
     heads = 8
@@ -305,13 +210,12 @@ def test_extreme_decays(kind):
         if kind == "varying":  # all of them in every head
             turn = (torch.arange(300)[:, None] // 3 + torch.arange(heads)) % heads
             inputs["decay"].copy_(inputs["decay"].gather(2, turn.expand(2, -1, -1)))
-    exact = {name: value.detach().double().requires_grad_() for name, value in inputs.items()}
+
+    def judge(inputs, reset):  # at -inf its gradient would be 0 times infinity
+        return run_reference({**inputs, "decay": inputs["decay"].clamp(min=-1e4)}, reset)
+
     for reset in (None, resets(300)):
-        ours = values_and_gradients(run, inputs, reset)
-        assert all(value.isfinite().all() for value in ours.values())
-        with torch.no_grad():
-            exact["decay"].clamp_(min=-1e4)  # 0 times the reference's infinite gradient
-        assert_close(ours, values_and_gradients(run_reference, exact, reset), 5e-6)
+        assert_exact(run, judge, inputs, reset, limit=5e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e8])
@@ -322,61 +226,16 @@ def test_extreme_inputs_and_lengths(time, scale):
         for name in "qkv":
             inputs[name].mul_(scale)
         inputs["decay"].copy_(torch.tensor([-1e-5, -2.0]))
-    ours = values_and_gradients(run, inputs, resets(time, batch=1) if time > 1 else None)
-    assert all(value.isfinite().all() for value in ours.values())
+    assert_finite(values_and_gradients(run, inputs, resets(time, batch=1) if time > 1 else None))
 
 
-class Calls(TorchDispatchMode):
-    """The numbers in the largest tensor that a call returns."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.largest = max([self.largest, *(v.numel() for v in tree_leaves(out) if isinstance(v, torch.Tensor))])
-        return out
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOKENS)
 def test_memory_is_linear_in_time(kind):
     sizes = []
     for time in (1024, 4096):
         inputs = make(time, kind, batch=1, heads=2, keys=16, values=32, dtype=torch.float32, initial=False)
-        with Calls() as calls:
-            torch.autograd.grad(run(inputs, resets(time, batch=1))[0].sum(), list(inputs.values()))
-        sizes.append(calls.largest)
+        sizes.append(max(calls.elements for calls in cost(run, inputs)))
     assert sizes[1] < 4.5 * sizes[0] and sizes[1] < 4096 * 4096 / 16
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_runs_are_identical(kind):
-    inputs, reset = make(200, kind, dtype=torch.float32), resets(200)
-    first, second = (values_and_gradients(run, inputs, reset) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.fixture
-def poisoned():
-    """torch.empty returns NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("time", [1, 63, 130])
-def test_everything_is_written(poisoned, time, kind):
-    assert torch.empty(3).isnan().all()
-    for reset in (None, resets(time)):
-        assert all(value.isfinite().all() for value in values_and_gradients(run, make(time, kind), reset).values())
-
-
-def test_autocast_changes_nothing():
-    inputs, reset = make(64, dtype=torch.float32), resets(64)
-    expected = values_and_gradients(run, inputs, reset)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = values_and_gradients(run, inputs, reset)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize(
@@ -386,7 +245,7 @@ def test_autocast_changes_nothing():
         ({"v": torch.ones(2, 5, 3, 6)}, "v_BTHV has shape .* but T is 4 in q_BTHK"),
         ({"decay": torch.ones(4)}, "log_decay_H has shape .* but H is 3"),
         ({"decay": torch.ones(2, 4, 2)}, "log_decay_BTH has shape .* but H is 3"),
-        ({"kv": torch.ones(2, 3, 6, 4)}, "initial_state.kv_BHKV has shape"),
+        ({"initial": torch.ones(2, 3, 6, 4)}, "initial_state.kv_BHKV has shape"),
         ({"k": torch.zeros(2, 4, 3, 4, dtype=torch.int64)}, "k_BTHK must be floating point"),
         ({"decay": torch.ones(3, dtype=torch.bfloat16)}, "log_decay must be float32 or float64"),
         ({"reset": torch.zeros(2, 4)}, "reset_BT must be bool"),
@@ -403,13 +262,7 @@ def test_normalising_needs_its_sums():
     inputs = make(4)
     args = [inputs[name] for name in ("q", "k", "v", "decay")]
     with pytest.raises(ValueError, match="normalize needs keys_BHK and weight_BH"):
-        linear_attention(*args, normalize=True, initial_state=State(inputs["kv"]))
-
-
-def test_no_tokens():
-    inputs = make(3, "constant", initial=False)
-    with pytest.raises(ValueError, match="at least one token"):
-        linear_attention(inputs["q"][:, :0], inputs["k"][:, :0], inputs["v"][:, :0], inputs["decay"])
+        linear_attention(*args, normalize=True, initial_state=State(inputs["initial"]))
 
 
 def test_chunk_sizes_cover_time():
@@ -418,8 +271,3 @@ def test_chunk_sizes_cover_time():
             size = eager.chunk_size(time, keys, width)
             chunks = -(-time // size)
             assert 1 <= size <= 256 and chunks * size - time < chunks
-
-
-def test_package_needs_no_triton():
-    code = "import sys; sys.modules['triton'] = None; from lamella_kernels.linear_attention import linear_attention"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -125,6 +125,20 @@ def test_a_checkpoint_of_another_run(words, said, home, capfd):
     assert_refused(capfd, home, train(home, "--nproc", 2, "train.steps=3", *words), [said, "another name"])
 
 
+@pytest.mark.parametrize(
+    ("where", "words", "said"),
+    [
+        ("tow", [], ["runs/tow: no such folder", "did you mean", "runs/two"]),
+        ("two", ["model.vocab_size=520"], ["embedding.weight is [512, 32]", "set model.vocab_size=512"]),
+        ("two", ["model.stack=[{layers: [mamba/mlp, attention/mlp]}]"], ["has no layers.0.channel.w_in.weight"]),
+    ],
+    ids=["missing", "vocabulary", "unmapped"],
+)
+def test_weights_to_begin_with(where, words, said, home, capfd):
+    words = ["name=new", f"train.init_from={home}/runs/{where}", *words]
+    assert_refused(capfd, home, train(home, "--nproc", 2, *words), said)
+
+
 def test_a_file_where_the_run_folder_should_be(home, capfd):
     (home / "runs" / "taken").write_text("mine")
     assert_refused(capfd, home, train(home, "--nproc", 2, "name=taken"), ["taken", "is a file"])

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import transformers
-from peers import copy_jamba
+from peers import copy_weights
 from torch import nn
 
 from lamella.config import ModelConfig
@@ -75,7 +75,7 @@ def models(name: str) -> list[nn.Module]:
             for key, parameter in theirs.named_parameters():
                 if parameter.dim() > 1 and "A_log" not in key:  # spread, so that greedy text is no single token
                     parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator(key, 0)))
-            copy_jamba(theirs, ours)
+            copy_weights(theirs, ours)
         found.append(theirs)
     return found
 

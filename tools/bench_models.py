@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from peers import copy_jamba
+from peers import copy_weights
 from torch import Tensor, nn
 
 from lamella.config import ModelConfig
@@ -65,7 +65,7 @@ def models() -> dict[str, nn.Module]:
         jamba = transformers.JambaForCausalLM(transformers.JambaConfig(**JAMBA)).float()
         llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).float()
     ours = LanguageModel(ModelConfig.model_validate(OURS, strict=False))
-    copy_jamba(jamba, ours)
+    copy_weights(jamba, ours)
     return {"lamella": ours, "transformers Jamba": jamba, "transformers Llama": llama}
 
 

@@ -1,5 +1,6 @@
-"""The Jamba and Llama of transformers as peers of ours: the same shape, and the same weights name by name."""
+"""Jamba, Llama and Mixtral of transformers as peers of ours: the same shape, and the same weights name by name."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -24,32 +25,42 @@ ATTENTION = {
 }
 MLP = {"w_in.weight": ("gate_proj.weight", "up_proj.weight"), "w_out.weight": ("down_proj.weight",)}
 MOE = {
-    "router.weight": ("router.weight",),
     "experts.w_in": ("experts.gate_up_proj",),
     "experts.w_out": ("experts.down_proj",),
 }
-OUTSIDE = {
-    "embedding.weight": ("model.embed_tokens.weight",),
-    "norm.weight": ("model.final_layernorm.weight",),
-    "head.weight": ("lm_head.weight",),
-}
 
 
-def jamba_names(model: LanguageModel) -> Iterator[tuple[str, tuple[str, ...]]]:
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """What a family calls what all of them have."""
+
+    norm: str
+    channel: str
+    channel_norm: str
+    router: str
+
+
+JAMBA = Words("final_layernorm", "feed_forward", "pre_ff_layernorm", "router")
+LLAMA = Words("norm", "mlp", "post_attention_layernorm", "gate")  # Mixtral's too
+
+
+def names(model: LanguageModel, words: Words) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Each parameter of ours with the transformers parameters whose concatenation it is."""
-    yield from OUTSIDE.items()
+    yield "embedding.weight", ("model.embed_tokens.weight",)
+    yield "norm.weight", (f"model.{words.norm}.weight",)
+    yield "head.weight", ("lm_head.weight",)
     parts = {"mamba": (MAMBA, "mamba"), "attention": (ATTENTION, "self_attn")}
-    channels = {"mlp": MLP, "moe": MOE}
+    channels = {"mlp": MLP, "moe": MOE | {"router.weight": (f"{words.router}.weight",)}}
     for plan in plan_layers(model.config):
         assert plan.mixer is not None and plan.channel is not None
         table, folder = parts[plan.mixer.mixer]
         ours, their = f"layers.{plan.index}", f"model.layers.{plan.index}"
-        branches = (("mixer", table, folder), ("channel", channels[plan.channel.channel], "feed_forward"))
+        branches = (("mixer", table, folder), ("channel", channels[plan.channel.channel], words.channel))
         for branch, rows, where in branches:
             for name, theirs in rows.items():
                 yield f"{ours}.{branch}.{name}", tuple(f"{their}.{where}.{t}" for t in theirs)
         yield f"{ours}.mixer_norm.weight", (f"{their}.input_layernorm.weight",)
-        yield f"{ours}.channel_norm.weight", (f"{their}.pre_ff_layernorm.weight",)
+        yield f"{ours}.channel_norm.weight", (f"{their}.{words.channel_norm}.weight",)
 
 
 def gathered(tensors: dict[str, Tensor], parts: tuple[str, ...], shape: torch.Size) -> Tensor:
@@ -58,10 +69,10 @@ def gathered(tensors: dict[str, Tensor], parts: tuple[str, ...], shape: torch.Si
 
 
 @torch.no_grad()
-def copy_jamba(theirs: nn.Module, ours: LanguageModel) -> dict[str, tuple[str, ...]]:
-    """Gives ours the weights of a JambaForCausalLM of the same shape. Returns the table of names."""
+def copy_weights(theirs: nn.Module, ours: LanguageModel, words: Words = JAMBA) -> dict[str, tuple[str, ...]]:
+    """Gives ours the weights of a ...ForCausalLM of the same shape. Returns the table of names."""
     parameters = dict(theirs.named_parameters())
-    table = dict(jamba_names(ours))
+    table = dict(names(ours, words))
     assert set(table) == {name for name, _ in ours.named_parameters()}
     for name, parameter in ours.named_parameters():
         parameter.copy_(gathered(parameters, table[name], parameter.shape))  # type: ignore[arg-type]

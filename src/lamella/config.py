@@ -145,6 +145,7 @@ class TrainConfig(Strict):
     checkpoint: CheckpointConfig
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: Count = 0
+    init_from: str | None = None  # a checkpoint, or a run's folder for its newest, whose weights a new run begins with
 
 
 class TrackingConfig(Strict):

@@ -16,9 +16,15 @@ from tests.nn.building import OneOf, double, filled, noise, packed, relative
 D_MODEL = 5
 ROWS = packed([[3, 2], [5]])
 
+
+def gelu(h):
+    return np.array([v * (1 + math.erf(v / math.sqrt(2))) / 2 for v in h])
+
+
 ACTIVATIONS = {
     "swiglu": lambda h: np.split(h, 2)[0] / (1 + np.exp(-np.split(h, 2)[0])) * np.split(h, 2)[1],
-    "gelu": lambda h: np.array([v * (1 + math.erf(v / math.sqrt(2))) / 2 for v in h]),
+    "geglu": lambda h: gelu(np.split(h, 2)[0]) * np.split(h, 2)[1],
+    "gelu": gelu,
     "relu": lambda h: np.maximum(h, 0),
     "relu2": lambda h: np.maximum(h, 0) ** 2,
 }

@@ -3,11 +3,9 @@
 import pytest
 import torch
 
-from lamella.config import ModelConfig
-from lamella.model.init import generator
-from lamella.model.lm import LanguageModel
-from tests.nn.building import packed, relative, some
-from tools.peers import copy_jamba, gathered
+from tests.model.peer import assert_same, pair_of, tokens_of
+from tests.nn.building import packed, some
+from tools.peers import JAMBA
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.peer
@@ -46,44 +44,20 @@ OURS = {
     ],
 }
 
+
 @pytest.fixture(scope="module")
 def pair():
-    theirs = transformers.JambaForCausalLM(transformers.JambaConfig(**THEIRS)).float().eval()
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator(name, 0))
-            # Well conditioned matrices; nothing is left at 0 or 1.
-            parameter.copy_(0.2 * noise if parameter.dim() > 1 and "A_log" not in name else parameter + 0.2 * noise)
-    ours = LanguageModel(ModelConfig.model_validate(OURS, strict=False))
-    table = copy_jamba(theirs, ours)
-    return ours, theirs, table
-
-
-def loss(logits, tokens):
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    return pair_of(transformers.JambaForCausalLM(transformers.JambaConfig(**THEIRS)), OURS, JAMBA)
 
 
 def test_logits_and_gradients_equal_transformers(pair):
-    ours, theirs, table = pair
-    tokens = torch.randint(VOCAB, (3, 21), generator=torch.Generator().manual_seed(1))
-    got = ours(tokens, packed([[21]] * 3))
-    wanted = theirs(input_ids=tokens, use_cache=False).logits
-    assert wanted.std() > 0.1
-    assert (got - wanted).abs().max() < 1e-4
-    assert relative(got, wanted) < 1e-5
-    for logits in (got, wanted):
-        loss(logits, tokens).backward()
-    gradients = {name: p.grad for name, p in theirs.named_parameters()}
-    for name, parameter in ours.named_parameters():
-        wanted = gathered(gradients, table[name], parameter.shape)
-        assert wanted.norm() > 1e-6, name
-        assert relative(parameter.grad, wanted) < 1e-4, name
+    assert_same(*pair, tokens_of(VOCAB, 3, 21, seed=1))
 
 
 def test_generation_s_states_give_transformers_logits(pair):
     """Ours token by token against theirs over the whole."""
     ours, theirs, _ = pair
-    tokens = torch.randint(VOCAB, (2, 9), generator=torch.Generator().manual_seed(2))
+    tokens = tokens_of(VOCAB, 2, 9, seed=2)
     rows, states = packed([[9]] * 2), {}
     with torch.no_grad():
         now = [slice(t, t + 1) for t in range(9)]

@@ -1,6 +1,7 @@
 """The published Jamba models, counted from their dimensions by plain arithmetic, on one process and on a rank of many.
 
-Dimensions: config.json of ai21labs/Jamba-v0.1 and of ai21labs/AI21-Jamba-1.5-Large.
+Dimensions: config.json of ai21labs/Jamba-v0.1, of ai21labs/AI21-Jamba-1.5-Mini, the same, and of
+ai21labs/AI21-Jamba-1.5-Large.
 """
 
 import dataclasses
@@ -46,8 +47,9 @@ class Dims:
 
 V01 = Dims(hidden=4096, layers=32, intermediate=14336, heads=32, dt_rank=256)
 LARGE = Dims(hidden=8192, layers=72, intermediate=24576, heads=64, dt_rank=512)
-PUBLISHED = {"jamba-v0.1": V01, "jamba-1.5-large": LARGE}
-BILLIONS = {"jamba-v0.1": (52, 12), "jamba-1.5-large": (398, 94)}  # parameters, those that a token uses
+PUBLISHED = {"jamba-v0.1": V01, "jamba-1.5-mini": V01, "jamba-1.5-large": LARGE}
+# Parameters, those that a token uses.
+BILLIONS = {"jamba-v0.1": (52, 12), "jamba-1.5-mini": (52, 12), "jamba-1.5-large": (398, 94)}
 
 
 def expected_local(dims: Dims, tensor: int, layers: Iterable[int], expert: int, first: bool, last: bool) -> int:

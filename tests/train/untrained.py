@@ -1,6 +1,7 @@
 """A checkpoint without training, saved as train/state.py saves a run's."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,8 +14,9 @@ from lamella.nn.shard import placed_parameters
 from tests.nn.building import filled
 
 
-def save_untrained(run: RunConfig, step: int = 3) -> tuple[Path, LanguageModel]:
-    """Saves `step` of the run, with moments beside the masters. Returns the checkpoint and its model."""
+def save_untrained(run: RunConfig, step: int = 3, **more: Any) -> tuple[Path, LanguageModel]:
+    """Saves `step` of the run, with moments beside the masters and `more` values. Returns the checkpoint and its model.
+    """
     model = filled(LanguageModel(run.model), seed=step, spread=0.1).requires_grad_(False)
     held = {
         f"{kind}/{name}": Pieces(p.place.shape, torch.float32, [((0,) * p.dim(), p.data * scale)])
@@ -30,5 +32,5 @@ def save_untrained(run: RunConfig, step: int = 3) -> tuple[Path, LanguageModel]:
         "config": run.model_dump(mode="json"),
     }
     path = store.step_folder(run.folder / "checkpoints", step)
-    store.save(path, held, values)
+    store.save(path, held, values | more)
     return path, model

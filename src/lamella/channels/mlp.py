@@ -1,6 +1,6 @@
-"""The dense channel mixer: gated (SwiGLU, Shazeer 2020, arXiv 2002.05202) or plain.
+"""The dense channel mixer: gated (SwiGLU, GEGLU; Shazeer 2020, arXiv 2002.05202) or plain.
 
-    swiglu: W_out (silu(W_gate x) * W_up x)        else: W_out act(W_in x)
+    swiglu: W_out (silu(W_gate x) * W_up x)        geglu: gelu for silu        else: W_out act(W_in x)
 
 relu2 is relu squared (So et al. 2021, arXiv 2109.08668).
 """
@@ -13,18 +13,20 @@ from torch import Tensor
 from lamella.channels.base import Channel, ChannelConfig
 from lamella.config import Positive, change
 from lamella.nn.flops import Flops
+from lamella.nn.initializers import zeros
 from lamella.nn.linear import Column, Row
 from lamella.nn.rows import Rows
 from lamella.nn.shard import Shard
 
-Activation = Literal["swiglu", "gelu", "relu", "relu2"]
+Activation = Literal["swiglu", "geglu", "gelu", "relu", "relu2"]
+GATED = {"swiglu": F.silu, "geglu": F.gelu}
 
 
 def activate(kind: Activation, *hidden: Tensor) -> Tensor:
-    """The input projection's segments (for swiglu: gate, up) -> one tensor of their width."""
-    if kind == "swiglu":
+    """The input projection's segments (of the gated kinds: gate, up) -> one tensor of their width."""
+    if kind in GATED:
         gate, up = hidden
-        return F.silu(gate) * up
+        return GATED[kind](gate) * up
     (h,) = hidden
     if kind == "relu2":
         return F.relu(h).square()
@@ -33,13 +35,14 @@ def activate(kind: Activation, *hidden: Tensor) -> Tensor:
 
 def hidden_segments(kind: Activation, d_ff: int) -> tuple[int, ...]:
     """The segments of the input projection."""
-    return (d_ff, d_ff) if kind == "swiglu" else (d_ff,)
+    return (d_ff, d_ff) if kind in GATED else (d_ff,)
 
 
 class Config(ChannelConfig):
     channel: Literal["mlp"]
     d_ff: Positive
     activation: Activation = "swiglu"
+    bias: bool = False  # on both projections
 
     def build(self, d_model: int, shard: Shard, place: str) -> "Mlp":
         return Mlp(self, d_model, shard)
@@ -59,8 +62,9 @@ class Mlp(Channel):
     def __init__(self, config: Config, d_model: int, shard: Shard):
         super().__init__()
         self.activation: Activation = config.activation
-        self.w_in = Column(shard, d_model, hidden_segments(config.activation, config.d_ff))
-        self.w_out = Row(shard, config.d_ff, d_model)
+        segments, bias = hidden_segments(config.activation, config.d_ff), zeros if config.bias else None
+        self.w_in = Column(shard, d_model, segments, bias=bias)
+        self.w_out = Row(shard, config.d_ff, d_model, bias=config.bias)
 
     def forward(self, x_BTD: Tensor, rows: Rows, state: dict[str, Any] | None = None) -> Tensor:
         return self.w_out(rows.core(activate, self.activation, *self.w_in(x_BTD)))

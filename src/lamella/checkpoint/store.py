@@ -82,16 +82,21 @@ def save(path: Path, tensors: dict[str, Pieces], values: dict[str, Any], group: 
         raise _cause(error, path, "cannot save") from error
 
 
-def load(path: Path, tensors: dict[str, Pieces], group: ProcessGroup | None = None, partial: bool = False) -> None:
+def load(
+    path: Path,
+    tensors: dict[str, Pieces],
+    group: ProcessGroup | None = None,
+    partial: bool = False,
+    verified: bool = False,
+) -> None:
     """Verifies the checkpoint at `path` and reads it into the live views: collective over the group.
 
     Raises the same UserError on every process, before any view is touched: for each damaged file, or for a name, shape
-    or dtype that does not match. With `partial` the checkpoint may hold tensors that no process asks for.
+    or dtype that does not match. With `partial` the checkpoint may hold tensors that no process asks for; with
+    `verified` its files are not compared again, because `verify` was called before.
     """
-    rank, ranks = _seat(group)
-    damaged = _together(lambda: manifest.damage(path, rank, ranks), path, group)
-    if any(damaged):
-        raise UserError(f"{'; '.join(sorted(itertools.chain(*damaged)))}; {manifest.CURE}")
+    if not verified:
+        verify(path, group)
     try:
         with _without_dist_warning():
             state_dict_loader.load(
@@ -103,6 +108,19 @@ def load(path: Path, tensors: dict[str, Pieces], group: ProcessGroup | None = No
             )
     except CheckpointException as error:
         raise _cause(error, path, "cannot load") from error
+
+
+def verify(path: Path, group: ProcessGroup | None = None) -> None:
+    """Compares every file's digest: collective over the group. Raises UserError for each damaged one."""
+    rank, ranks = _seat(group)
+    damaged = together(lambda: manifest.damage(path, rank, ranks), path, group)
+    if any(damaged):
+        raise UserError(f"{'; '.join(sorted(itertools.chain(*damaged)))}; {manifest.CURE}")
+
+
+def names(path: Path) -> list[str]:
+    """The tensors of a checkpoint, to be verified before."""
+    return sorted(Reader(path).read_metadata().state_dict_metadata)
 
 
 def read_values(path: Path) -> dict[str, Any]:
@@ -133,20 +151,7 @@ def prune(folder: Path, keep: int) -> None:
                 shutil.rmtree(unpublished(step_folder(folder, step)))
 
 
-def _found(folder: Path, suffix: str) -> Iterator[int]:
-    with _disk_errors(folder, "cannot look for checkpoints"):
-        names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
-    for name in names:
-        match = re.fullmatch(r"step-(\d{8,})" + re.escape(suffix), name)
-        if match:
-            yield int(match[1])
-
-
-def _seat(group: ProcessGroup | None) -> tuple[int, int]:
-    return (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
-
-
-def _together(function: Callable[[], T], path: Path, group: ProcessGroup | None) -> list[T]:
+def together(function: Callable[[], T], path: Path, group: ProcessGroup | None = None) -> list[T]:
     """What `function` returns on each process; where it raises on any of them, the first such error on all."""
     try:
         with _disk_errors(path, "cannot load"):
@@ -161,6 +166,19 @@ def _together(function: Callable[[], T], path: Path, group: ProcessGroup | None)
         if isinstance(result, Exception):
             raise result
     return everyone
+
+
+def _found(folder: Path, suffix: str) -> Iterator[int]:
+    with _disk_errors(folder, "cannot look for checkpoints"):
+        names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
+    for name in names:
+        match = re.fullmatch(r"step-(\d{8,})" + re.escape(suffix), name)
+        if match:
+            yield int(match[1])
+
+
+def _seat(group: ProcessGroup | None) -> tuple[int, int]:
+    return (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
 
 
 def _cause(error: CheckpointException, path: Path, what: str) -> BaseException:

@@ -1,11 +1,13 @@
 """Everything about a run that can be wrong, looked at before any process starts."""
 
+from lamella.checkpoint import store
 from lamella.config import RunConfig
 from lamella.data.stream import HeldoutRows, TrainRows
 from lamella.errors import UserError
 from lamella.model.count import count
 from lamella.parallel.layout import Layout, resolve
 from lamella.train.folder import open_folder
+from lamella.train.init_from import find_start
 
 
 def check(run: RunConfig, world: int) -> Layout:
@@ -22,6 +24,8 @@ def check(run: RunConfig, world: int) -> Layout:
             f"model.vocab_size={run.model.vocab_size} is smaller than the tokenizer's {data.vocab_size} pieces"
             f" ({run.data.path}); raise it to {data.vocab_size}"
         )
+    if store.latest(run.folder / "checkpoints") is None:
+        find_start(run, data.tokenizer.fingerprint)
     open_folder(run)
     return layout
 

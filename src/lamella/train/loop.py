@@ -5,7 +5,7 @@ from functools import partial
 from types import FrameType
 
 from lamella.checkpoint import store
-from lamella.config import RunConfig
+from lamella.config import RunConfig, change
 from lamella.data.stream import HeldoutRows, TrainRows
 from lamella.errors import EXIT_REQUEUE
 from lamella.nn.record import Record
@@ -20,6 +20,7 @@ from lamella.train.balance import Balance
 from lamella.train.clock import Clock
 from lamella.train.evaluate import evaluate
 from lamella.train.folder import open_folder
+from lamella.train.init_from import fill, find_start
 from lamella.train.loss import sum_nats
 from lamella.train.metrics import Totals, moe_metrics
 from lamella.train.optimizer import learning_rate, make_optimizer
@@ -32,17 +33,24 @@ class Run:
 
     def __init__(self, config: RunConfig, mesh: Mesh):
         train = config.train
-        self.config, self.mesh, self.folder = config, mesh, config.folder
+        self.mesh, self.folder = mesh, config.folder
         self.data = TrainRows(config.data, train.sequence_length, train.global_batch_size, train.seed)
         self.heldout = HeldoutRows(config.data, train.sequence_length)
-        newest = store.latest(self.folder / "checkpoints")
-        if newest is not None:
-            state.check_same_run(newest, config, self.data.fingerprint)
+        newest, start = store.latest(self.folder / "checkpoints"), None
+        if newest is None:
+            start = find_start(config, self.data.tokenizer.fingerprint)
+            began = start and str(start.path)
+        else:
+            began = state.check_same_run(newest, config, self.data.fingerprint)["config"]["train"].get("init_from")
+        self.config = config = change(config, train=train.model_dump(mode="json") | {"init_from": began})
         self.model = build_model(config.model, mesh, train.precision, train.seed)
+        self.balance = Balance(config.model, self.model)
+        if start is not None:
+            fill(start, self.model, self.balance)
         self.zero = Zero(self.model, make_optimizer(self.model, train.optimizer), train.optimizer.clip_norm, mesh)
         loss = partial(sum_nats, self.model.shard)
         self.passes = make_passes(self.model, self.zero, loss, mesh, train.sequence_length)
-        self.totals, self.balance = Totals(mesh), Balance(config.model, self.model)
+        self.totals = Totals(mesh)
         self.step = 0 if newest is None else state.load(newest, self.zero, self.balance)
         self.saved = self.step
         self.clock = Clock(mesh.device)
@@ -89,7 +97,7 @@ class Run:
         if self.saved == self.step:
             return
         checkpoints = self.folder / "checkpoints"
-        state.save(checkpoints, self.step, self.zero, self.balance, self.config, self.data.fingerprint)
+        state.save(checkpoints, self.step, self.zero, self.balance, self.config, self.data)
         self.saved = self.step
         if self.mesh.first:
             store.prune(checkpoints, self.config.train.checkpoint.keep)

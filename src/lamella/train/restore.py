@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from lamella.channels.moe.experts import Experts
 from lamella.checkpoint import store
 from lamella.checkpoint.planner import Pieces
-from lamella.config import RunConfig, change
+from lamella.config import ModelConfig, RunConfig, change
 from lamella.data.manifest import MANIFEST, MODEL, Manifest, read_manifest
 from lamella.data.tokenizer import Tokenizer, read_model
 from lamella.errors import UserError
@@ -58,15 +58,13 @@ def restore(
     the one of training.
     """
     path = find_checkpoint(Path(where))
-    values = store.read_values(path)
-    if values.get("format") != FORMAT:
-        raise UserError(f"{path}: format {values.get('format')}, this version reads {FORMAT}")
-    run, notes = _run(path, values), []
+    values, run = read_run(path)
+    notes = []
     if not capacity and (limited := [n for n, part in run.model.parts.items() if part.get("capacity_factor")]):
         parts = {n: part | ({"capacity_factor": None} if n in limited else {}) for n, part in run.model.parts.items()}
         run = change(run, model=run.model.model_dump(mode="json") | {"parts": parts})
         notes.append(f"{', '.join(limited)}: routed without capacity_factor, which is defined over whole rows alone")
-    data = _find_data(path, values, run)
+    data = find_data(path, values, run)
     found = _tokenizer(path, values, run, data, tokenizer)
     if data is not None:
         run = change(run, data=run.data.model_dump(mode="json") | {"path": str(data[0])})
@@ -78,13 +76,26 @@ def restore(
             f"{path}: {', '.join(choosing)}: experts choose among a whole row's tokens, later ones too, so text cannot"
             " be continued token by token; `lamella eval` works"
         )
-    model = _load(path, run, DTYPES[dtype or run.train.precision])
+    model = load_model(path, run.model, DTYPES[dtype or run.train.precision])
     Balance(run.model, model).restore(values.get("routers", {}))
     return Restored(model, run, found, path, values["step"], tuple(notes))
 
 
-def _load(path: Path, run: RunConfig, dtype: torch.dtype) -> LanguageModel:
-    model = LanguageModel(run.model, Whole(dtype, run.model.init_std, len(plan_layers(run.model))))
+def read_run(path: Path) -> tuple[dict[str, Any], RunConfig]:
+    """The plain values of a checkpoint and the run that saved it. Raises UserError as `restore` does."""
+    values = store.read_values(path)
+    if values.get("format") != FORMAT:
+        raise UserError(f"{path}: format {values.get('format')}, this version reads {FORMAT}")
+    try:
+        return values, RunConfig.model_validate_json(json.dumps(values["config"]))
+    except ValidationError as error:
+        key = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(f"{path}: its configuration is of another version (at {key}); read it with that one") from None
+
+
+def load_model(path: Path, config: ModelConfig, dtype: torch.dtype) -> LanguageModel:
+    """The weights of a checkpoint, on this machine's device. Raises UserError as `restore` does."""
+    model = LanguageModel(config, Whole(dtype, config.init_std, len(plan_layers(config))))
     model.requires_grad_(False)
     wanted = {
         f"master/{name}": Pieces(p.place.shape, torch.float32, [((0,) * p.dim(), p.data)])
@@ -107,15 +118,7 @@ def _round_once(model: LanguageModel, dtype: torch.dtype) -> None:
                 parameter.data = parameter.data.to(dtype)
 
 
-def _run(path: Path, values: dict[str, Any]) -> RunConfig:
-    try:
-        return RunConfig.model_validate_json(json.dumps(values["config"]))
-    except ValidationError as error:
-        key = ".".join(map(str, error.errors()[0]["loc"]))
-        raise UserError(f"{path}: its configuration is of another version (at {key}); read it with that one") from None
-
-
-def _find_data(path: Path, values: dict[str, Any], run: RunConfig) -> tuple[Path, Manifest] | None:
+def find_data(path: Path, values: dict[str, Any], run: RunConfig) -> tuple[Path, Manifest] | None:
     """The run's prepared data: seen from where the run was started, else from here; that of training before another."""
     home, inside = path.absolute().parent.parent, run.folder.parts
     places = [Path(run.data.path)]
@@ -128,13 +131,28 @@ def _find_data(path: Path, values: dict[str, Any], run: RunConfig) -> tuple[Path
 
 def _fingerprint(values: dict[str, Any], data: tuple[Path, Manifest] | None) -> str | None:
     """The digest of the tokenizer of training, where it can be known."""
+    if "tokenizer" in values:
+        return values["tokenizer"]
     return data[1].tokenizer if data is not None and data[1].fingerprint == values["data"] else None
+
+
+def tokenizer_file(path: Path, values: dict[str, Any], data: tuple[Path, Manifest] | None) -> Path | None:
+    """The .model file of training: beside the checkpoint's run, where a converted one has it, else its data's."""
+    known = _fingerprint(values, data)
+    places = [path.absolute().parent.parent / MODEL] + ([data[0] / MODEL] if data is not None else [])
+    return next((file for file in places if known and file.is_file() and _digest(file) == known), None)
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(read_model(file)).hexdigest()
 
 
 def _tokenizer(
     path: Path, values: dict[str, Any], run: RunConfig, data: tuple[Path, Manifest] | None, given: Path | str | None
 ) -> Tokenizer:
     known = _fingerprint(values, data)
+    if given is None:
+        given = tokenizer_file(path, values, data)
     if given is None:
         if data is None:
             raise UserError(f"{run.data.path}: no prepared data there, so no tokenizer for {path}; {GIVE}")

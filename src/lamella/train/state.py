@@ -14,6 +14,7 @@ from lamella.checkpoint import store
 from lamella.checkpoint.boxes import pieces
 from lamella.checkpoint.planner import Pieces
 from lamella.config import RunConfig
+from lamella.data.stream import TrainRows
 from lamella.errors import UserError
 from lamella.parallel.zero import Zero
 from lamella.train.balance import Balance
@@ -33,7 +34,7 @@ def tensors(zero: Zero) -> dict[str, Pieces]:
 
 
 def save(
-    folder: Path, step: int, zero: Zero, balance: Balance, run: RunConfig, data_fingerprint: str
+    folder: Path, step: int, zero: Zero, balance: Balance, run: RunConfig, data: TrainRows
 ) -> Path:
     """Writes the checkpoint of `step` finished steps; all processes together. Returns its folder."""
     values = {
@@ -41,7 +42,8 @@ def save(
         "step": step,
         "rows": step * run.train.global_batch_size,
         "seed": run.train.seed,
-        "data": data_fingerprint,
+        "data": data.fingerprint,
+        "tokenizer": data.tokenizer.fingerprint,
         "routers": balance.state,
         "config": run.model_dump(mode="json"),
     }

@@ -1,7 +1,7 @@
 """Starts some processes of this machine that run one function together, and waits for them.
 
-They are forked from a server that has imported the heavy libraries once and run nothing, so a process starts in well
-under a second and inherits no state. When one ends badly the others are ended, by pid.
+They are forked from a server that has imported once what they need and run nothing, so a process starts in well under a
+second and inherits no state. When one ends badly the others are ended, by pid.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from lamella.errors import EXIT_FAULT, EXIT_REQUEUE, EXIT_USER, UserError
 
-PRELOAD = ["lamella.parallel.preload"]
+PRELOAD = "lamella.parallel.preload"
 GRACE = 30.0  # seconds that the others get after one has ended badly
 
 
@@ -43,7 +43,8 @@ def run_local(
     killed.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    ours_too = [name for name in sys.modules if name.split(".")[0] in ("lamella", "lamella_kernels")]
+    context.set_forkserver_preload([PRELOAD, *ours_too])  # read once, when the server starts
     port = free_port()
     pipes, processes = [], []
     for rank in range(nproc):

@@ -34,6 +34,8 @@ QUICK = [
     (["train", "--help"], 0, "RUN.yaml"),
     (["verify", "--help"], 0, "RUN.yaml"),
     (["data", "prepare", "--help"], 0, "FILE"),
+    (["convert", "--help"], 0, "SOURCE"),
+    (["convert", "nowhere", "there", "--to", "hf"], 2, "no such folder"),
     (["train", "configs/run/quikstart.yaml"], 2, "did you mean"),
     (["train", "configs/run/quickstart.yaml", "train.stpes=1"], 2, "train.steps"),
     (["train", "configs/run/quickstart.yaml", "model=jambo"], 2, "jamba-nano"),

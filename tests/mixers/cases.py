@@ -10,10 +10,12 @@ OPTIONS = {
         {"num_heads": 4, "num_kv_heads": 2, "head_dim": 2, "rope_theta": 100.0, "qkv_bias": True},
         {"num_heads": 2, "num_kv_heads": 1, "window": 3, "rope_theta": 10.0, "qk_norm": True},
         {"num_heads": 2, "window": 1},
+        {"num_heads": 2, "rope_theta": 10.0, "rope_dim": 2, "out_bias": True},
     ],
     "mamba": [
         {"d_state": 3, "dt_rank": 2},
         {"d_state": 2, "dt_rank": 3, "d_conv": 2, "expand": 1, "norms": False},
+        {"d_state": 3, "dt_rank": 4, "norm_weights": False, "norms_eps": 1e-3},
     ],
     "mamba2": [
         {"d_state": 3, "head_dim": 4},

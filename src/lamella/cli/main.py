@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from lamella.cli import data, evaluate, figures, generate, track, train, verify
+from lamella.cli import convert, data, evaluate, figures, generate, track, train, verify
 from lamella.errors import EXIT_USER, UserError
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app.command("train")(train.train)
 app.command("verify")(verify.verify)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
+app.command("convert")(convert.convert)
 app.command("figures")(figures.figures)
 app.command("track")(track.track)
 app.add_typer(data.app, name="data")

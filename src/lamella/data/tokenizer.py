@@ -33,7 +33,8 @@ class Tokenizer:
     """A sentencepiece model with an end-of-document id.
 
     Attributes: vocab_size (ids are 0 <= id < vocab_size), eod (closes each stored document and begins each row's
-    documents), fingerprint (sha256 of the .model file), exact (decode undoes encode for every string).
+    documents), unknown (the id of what the model cannot spell), fingerprint (sha256 of the .model file), exact (decode
+    undoes encode for every string).
     """
 
     def __init__(self, model: bytes, name: str = "tokenizer"):
@@ -47,6 +48,7 @@ class Tokenizer:
         self.eod: int = self._model.eos_id()
         if self.eod < 0:
             raise UserError(f"{name}: has no end piece (eos_id) to part documents with; train it with eos_id >= 0")
+        self.unknown: int = self._model.unk_id()
         self._bytes, self._byte_id = self._tables()
         pieces = [self._model.id_to_piece(i) for i in range(self.vocab_size)]
         self._by_line = not any("\n" in p for p in pieces)  # then cutting behind a newline changes no id
@@ -87,6 +89,10 @@ class Tokenizer:
             except UnicodeDecodeError:
                 continue
         return raw.decode(errors="replace")
+
+    def piece(self, id: int) -> str:
+        """The name of an id in the model's own writing."""
+        return self._model.id_to_piece(id)
 
     def _parts(self, text: str) -> Iterator[str | np.ndarray]:
         """Strings for sentencepiece, and ids in between for what goes around it."""

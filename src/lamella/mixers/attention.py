@@ -37,9 +37,11 @@ class Config(MixerConfig):
     num_kv_heads: Positive | None = None  # None: as many as heads
     head_dim: Positive | None = None  # None: d_model / num_heads
     rope_theta: Annotated[float, Field(gt=0)] | None = None  # None: no positions (Jamba)
+    rope_dim: Positive | None = None  # channels of a head that are turned, its first; None: all
     window: Positive | None = None  # tokens a query sees, itself included; None: the whole document
     qk_norm: bool = False
     qkv_bias: bool = False
+    out_bias: bool = False
     value_residual: bool = False  # values are the mean of the layer's own and the first such layer's
 
     def sizes(self, d_model: int) -> tuple[int, int, int]:
@@ -52,6 +54,8 @@ class Config(MixerConfig):
         size = self.head_dim or d_model // heads
         if self.rope_theta is not None and size % 2:
             raise UserError(f"attention: rotary positions need an even head_dim, got {size}")
+        if self.rope_dim is not None and (self.rope_dim % 2 or self.rope_dim > size):
+            raise UserError(f"attention: rope_dim={self.rope_dim} must be even and at most head_dim={size}")
         return heads, groups, size
 
     def build(self, d_model: int, norm_eps: float, shard: Shard) -> "Attention":
@@ -73,8 +77,14 @@ class Config(MixerConfig):
     def shrink(self, tensor: int) -> "Config":
         grouped = self.num_kv_heads is not None and self.num_kv_heads < self.num_heads
         window = None if self.window is None else min(self.window, 5)
+        turned = None if self.rope_dim is None else 4
         return change(
-            self, num_heads=tensor * (2 if grouped else 1), num_kv_heads=tensor, head_dim=8, window=window
+            self,
+            num_heads=tensor * (2 if grouped else 1),
+            num_kv_heads=tensor,
+            head_dim=8,
+            window=window,
+            rope_dim=turned,
         )
 
 
@@ -90,7 +100,7 @@ class Attention(Mixer):
         self.qkv = Column(shard, d_model, (heads * size, groups * size, groups * size), bias=bias)
         self.q_norm = RMSNorm(shard, size, norm_eps, "branch") if config.qk_norm else None
         self.k_norm = RMSNorm(shard, size, norm_eps, "branch") if config.qk_norm else None
-        self.out = Row(shard, heads * size, d_model)
+        self.out = Row(shard, heads * size, d_model, bias=config.out_bias)
 
     def forward(self, x_BTD: Tensor, rows: Rows, state: State | None = None) -> Tensor:
         q, k, v = self.qkv(x_BTD)
@@ -100,7 +110,7 @@ class Attention(Mixer):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.config.rope_theta is not None:
-            cos, sin = rotary(rows.position_BT, self.head_dim, self.config.rope_theta)
+            cos, sin = rotary(rows.position_BT, self.config.rope_dim or self.head_dim, self.config.rope_theta)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if state is None:
             y = rows.core(_packed, q, k, v, rows.lengths, self.config.window)

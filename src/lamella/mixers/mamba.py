@@ -1,5 +1,7 @@
 """Mamba-1 (Gu & Dao 2023, arXiv 2312.00752), with Jamba's norms on dt, B and C (arXiv 2403.19887) as an option.
 
+Falcon Mamba (Zuo et al. 2024, arXiv 2410.05355) has these norms without weights.
+
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t        y_t = C_t h_t + D x_t
 
 B batch, T time, D model, I inner channels (split over the tensor group), N state, R rank of dt.
@@ -19,7 +21,7 @@ from lamella.nn.conv import CausalConv1d
 from lamella.nn.flops import Flops
 from lamella.nn.initializers import inverse_softplus_of_log_uniform, log_arange, ones, uniform
 from lamella.nn.linear import Column, Row
-from lamella.nn.norm import RMSNorm
+from lamella.nn.norm import PlainRMSNorm, RMSNorm
 from lamella.nn.rows import Rows
 from lamella.nn.shard import Shard, wide
 from lamella_kernels.selective_scan import selective_scan
@@ -32,6 +34,8 @@ class Config(MixerConfig):
     expand: Positive = 2
     dt_rank: Positive | None = None  # None: d_model / 16, rounded up
     norms: bool = True  # RMSNorm on dt, B and C, as Jamba has them
+    norm_weights: bool = True  # of these norms; Falcon Mamba's have none
+    norms_eps: Annotated[float, Field(gt=0)] | None = None  # of these norms; None: the model's norm_eps
 
     def rank(self, d_model: int) -> int:
         return self.dt_rank or -(-d_model // 16)
@@ -61,9 +65,7 @@ class Mamba(Mixer):
         self.in_proj = Column(shard, d_model, (inner, inner))
         self.conv = CausalConv1d(shard, inner, config.d_conv)
         self.x_proj = Row(shard, inner, rank + 2 * n, into="branch")
-        self.dt_norm = RMSNorm(shard, rank, norm_eps, "copied") if config.norms else None
-        self.B_norm = RMSNorm(shard, n, norm_eps, "copied") if config.norms else None
-        self.C_norm = RMSNorm(shard, n, norm_eps, "copied") if config.norms else None
+        self.dt_norm, self.B_norm, self.C_norm = (_norm(config, shard, width, norm_eps) for width in self.sizes)
         dt_bias = inverse_softplus_of_log_uniform(1e-3, 0.1)
         self.dt_proj = Column(shard, rank, inner, bias=dt_bias, init=uniform(rank**-0.5), enter=False)
         self.A_log = shard.parameter((inner, n), log_arange, split=0)
@@ -102,6 +104,14 @@ class Mamba(Mixer):
         if state is not None:
             state["h"] = h_BIN
         return y_BTI * F.silu(z_BTI)
+
+
+def _norm(config: Config, shard: Shard, width: int, norm_eps: float) -> RMSNorm | PlainRMSNorm | None:
+    """Of dt, B or C."""
+    eps = config.norms_eps or norm_eps
+    if not config.norms:
+        return None
+    return RMSNorm(shard, width, eps, "copied") if config.norm_weights else PlainRMSNorm(eps)
 
 
 def _step(

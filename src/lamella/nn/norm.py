@@ -33,6 +33,17 @@ class RMSNorm(nn.Module):
         return F.rms_norm(y, weight.shape, weight.to(y.dtype), self.eps).to(x.dtype)
 
 
+class PlainRMSNorm(nn.Module):
+    """RMSNorm without a weight (w = 1), over the last dim, which every rank holds whole."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(wide(x), x.shape[-1:], None, self.eps).to(x.dtype)
+
+
 class LayerNorm(nn.Module):
     """Over the last dim of the stream, which every rank holds whole; weight and bias are replicated."""
 

@@ -14,7 +14,11 @@ def rotary(position_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Te
 
 
 def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Each pair (x_i, x_{i + K/2}) turned by its angle, in fp32 (fp64 where x is)."""
-    a, b = wide(x_BTHK).chunk(2, dim=-1)
+    """Each pair (x_i, x_{i + R/2}) of the first R channels turned by its angle, in fp32 (fp64 where x is).
+
+    cos and sin are [B, T, 1, R / 2]; channels behind R pass by.
+    """
+    half = cos.shape[-1]
+    a, b, rest = wide(x_BTHK).split([half, half, x_BTHK.shape[-1] - 2 * half], dim=-1)
     cos, sin = cos.to(a.dtype), sin.to(a.dtype)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_BTHK.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x_BTHK.dtype)

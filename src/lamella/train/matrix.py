@@ -1,6 +1,7 @@
 """Every layout that a run has on so many processes, for `lamella verify --all`."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from typing import get_args
 
@@ -17,18 +18,20 @@ def every_layout(run: RunConfig, most: int) -> list[LayoutConfig]:
     """All legal layouts on 1, 2, 4, ... up to `most` processes.
 
     All combinations of tensor, sequence_parallel, pipeline, schedule, expert, data and zero. Recomputation and offload
-    are not multiplied with them: each layout has one of the kinds in turn, so that every kind meets every dimension.
+    are not multiplied with them: each layout has the kind that its dimensions have met least.
     """
     worlds = [2**i for i in range(most.bit_length()) if 2**i <= most]
     worlds += [most] if most not in worlds else []
-    kinds = itertools.cycle([(r, o) for o in (False, True) for r in get_args(Recompute)])
+    kinds = [(r, o) for o in (False, True) for r in get_args(Recompute)]
+    met: Counter = Counter()
     found = []
     for world in worlds:
         for keys in _combinations(world):
-            recompute, offload = next(kinds)
-            layout = LayoutConfig(**keys, recompute=recompute, offload_optimizer=offload)
-            if legal(run, layout, world):
-                found.append(layout)
+            if not legal(run, LayoutConfig(**keys), world):
+                continue
+            recompute, offload = min(kinds, key=lambda kind: sum(met[kind, value] for value in keys.items()))
+            met.update(((recompute, offload), value) for value in keys.items())
+            found.append(LayoutConfig(**keys, recompute=recompute, offload_optimizer=offload))
     return found
 
 

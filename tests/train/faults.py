@@ -30,8 +30,8 @@ def draw_dt_bias_from_local_index():
     """Each rank draws its channels of the dt bias as if they were the first ones."""
     right = probe._perturbed
 
-    def wrong(name, place, seed):
-        value = right(name, place, seed)
+    def wrong(name, place, *seed):
+        value = right(name, place, *seed)
         if not name.endswith("dt_proj.bias"):
             return value
         width = place.boxes[0].size[0]

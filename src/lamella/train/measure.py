@@ -63,15 +63,16 @@ def measure(
     seed: int,
     rate: tuple[float, float],
     precision: Precision = "fp32",
+    draw: int = 0,
 ) -> Measured:
     """Runs `steps` steps of SGD with momentum at `rate` (learning rate, clipping norm), then two of AdamW.
 
-    In fp64, the noise floor's run, there is one process and no engine.
+    In fp64, what the noise floor is measured from, there is one process and no engine. `draw` is `perturb`'s.
     """
     seat = find_seat()
     mesh = meshes.join(seat, resolve(run.model_copy(update={"layout": layout}), seat.world), timeout=120)
     model = build_model(run.model, mesh, "bf16" if precision == "bf16" else "fp32", seed)
-    perturb(model, seed)
+    perturb(model, seed, draw)
     data = ProbeRows(run.model.vocab_size, run.train.sequence_length, seed)
     watch = CloseCalls(model)
     watch_outputs(model)

@@ -92,15 +92,22 @@ class ProbeRows:
 
 
 @torch.no_grad()
-def perturb(model: nn.Module, seed: int) -> None:
-    """Matrices normal with std 0.1, well conditioned; the others their initial value plus as much noise."""
+def perturb(model: nn.Module, seed: int, draw: int = 0) -> None:
+    """Matrices normal with std 0.1, well conditioned; the others their initial value plus as much noise.
+
+    Every draw but 0 moves each weight by up to one unit in its last place, as if all had been rounded anew.
+    """
     for name, parameter in placed_parameters(model):
-        parameter.copy_(cut(_perturbed(name, parameter.place, seed), parameter.place))
+        parameter.copy_(cut(_perturbed(name, parameter.place, seed, draw), parameter.place))
 
 
-def _perturbed(name: str, place: Place, seed: int) -> Tensor:
+def _perturbed(name: str, place: Place, seed: int, draw: int) -> Tensor:
     noise = 0.1 * torch.randn(place.shape, generator=generator(f"perturb/{name}", seed))
-    return noise if place.decay else noise + place.init(generator(name, seed), place.shape)
+    value = noise if place.decay else noise + place.init(generator(name, seed), place.shape)
+    if not draw:
+        return value
+    units = torch.rand(place.shape, generator=generator(f"round/{draw}/{name}", seed)) * 2 - 1
+    return value * (1 + units * torch.finfo(torch.float32).eps)
 
 
 def given_gradient(name: str, place: Place, step: int) -> Tensor:

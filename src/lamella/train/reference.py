@@ -1,8 +1,13 @@
 """The single processes that `verify` compares layouts with, on rows that are a good witness.
 
 Two things make rows a bad one, and another seed is taken: a router whose choice hangs on rounding, and a gradient that
-nearly cancels, so that rounding alone moves it far relative to what is left of it. How far is measured with one
-process, in micro-batches of two sizes, against fp64.
+nearly cancels, so that rounding alone moves it far relative to what is left of it.
+
+How far rounding moves a quantity, its noise floor, is measured with one process in fp32 against one in fp64. A layout
+sums in another order, so its rounding is another draw from the same distribution; and one draw says little about the
+distribution where the rounding of a few numbers is all there is. So there are DRAWS, and the largest counts: the first
+from the weights as they are, the others from weights that are moved by a unit in the last place (Monte Carlo
+arithmetic: Parker 1997).
 """
 
 import dataclasses
@@ -20,6 +25,7 @@ MOVE = 0.005  # how far the first step moves the weights, relative to their norm
 TIMEOUT = 600.0
 SEEDS = 6
 CALM = 3e-6  # a gradient's noise, relative: under a third of a layout's limit
+DRAWS = 4
 
 Process = Callable[..., Measured]
 Base = Literal["fp32", "bf16"]
@@ -27,13 +33,17 @@ Base = Literal["fp32", "bf16"]
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """One process over the probe's rows of `seed`, at `rate`: as the layouts run, and more exactly, for the noise."""
+    """One process over the probe's rows of `seed`, at `rate`: as the layouts run, and more exactly, for the noise.
+
+    `others`: further draws of its rounding.
+    """
 
     run: RunConfig
     seed: int
     rate: tuple[float, float]
     precision: Precision
     single: Measured
+    others: list[Measured]
     exact: Measured
     skipped: list[str]  # seeds passed over, and why
 
@@ -72,19 +82,23 @@ def _reference(run: RunConfig, steps: int, precision: Base, process: Process) ->
     found: list[tuple[float, Reference]] = []
     skipped: dict[int, str] = {}
     for seed in range(SEEDS):
-        first = _one(process, run, ROWS, 1, seed, (1e-30, 0.0))
+        first = _one(process, run, 1, seed, (1e-30, 0.0))
         size = first.norms[0]
         rate = (MOVE * norm(whole(first.weights[0])) / (0.5 * size), 0.5 * size)  # clipped to half: the norm counts
-        one = _one(process, run, ROWS, steps, seed, rate, precision)
-        exact = _one(process, run, ROWS, steps, seed, rate, "fp64" if precision == "fp32" else "fp32")
+        one = _one(process, run, steps, seed, rate, precision)
+        exact = _one(process, run, steps, seed, rate, "fp64" if precision == "fp32" else "fp32")
         close = sorted({*one.close_calls, *exact.close_calls})
         if close:
             skipped[seed] = f"a top-k margin below 1e-6 in {', '.join(close)}"
             continue
-        noise, name = (0.0, "") if precision == "bf16" else _noise(one, exact)
-        if precision == "fp32" and noise <= CALM:
-            noise, name = max((noise, name), _noise(_one(process, run, ROWS // 4, steps, seed, rate), exact))
-        found.append((noise, Reference(run, seed, rate, precision, one, exact, [])))
+        reference = Reference(run, seed, rate, precision, one, [], exact, [])
+        if precision == "bf16":
+            found.append((0.0, reference))
+            break
+        noise, name = _noise(one, exact)
+        while noise <= CALM and len(reference.others) < DRAWS - 1:
+            noise, name = max((noise, name), _noise(_draw(process, reference), exact))
+        found.append((noise, reference))
         if noise <= CALM:
             break
         skipped[seed] = f"the gradient of {name} nearly cancels, rounding moves it by {noise:.1e}"
@@ -92,21 +106,30 @@ def _reference(run: RunConfig, steps: int, precision: Base, process: Process) ->
         reasons = "; ".join(skipped.values())
         raise UserError(f"no seed of {SEEDS} keeps every top-k choice clear of rounding: {reasons}")
     best = min(found, key=lambda pair: pair[0])[1]
+    while precision == "fp32" and len(best.others) < DRAWS - 1:
+        _draw(process, best)
     passed_over = [f"seed {seed}: {reason}" for seed, reason in skipped.items() if seed != best.seed]
     return dataclasses.replace(best, skipped=passed_over)
+
+
+def _draw(process: Process, reference: Reference) -> Measured:
+    """One more draw of the reference's rounding."""
+    of, steps = reference, len(reference.single.losses)
+    of.others.append(_one(process, of.run, steps, of.seed, of.rate, draw=len(of.others) + 1))
+    return of.others[-1]
 
 
 def _one(
     process: Process,
     run: RunConfig,
-    micro_batch: int,
     steps: int,
     seed: int,
     rate: tuple[float, float],
     precision: Precision = "fp32",
+    draw: int = 0,
 ) -> Measured:
-    layout = LayoutConfig(micro_batch=micro_batch)
-    return values(run_local(1, process, run, layout, steps, seed, rate, precision, timeout=TIMEOUT))[0]
+    layout = LayoutConfig(micro_batch=ROWS)
+    return values(run_local(1, process, run, layout, steps, seed, rate, precision, draw, timeout=TIMEOUT))[0]
 
 
 def _noise(one: Measured, exact: Measured) -> tuple[float, str]:

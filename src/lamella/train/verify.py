@@ -1,8 +1,7 @@
 """The promise, proven: a layout's losses, gradients, weights and optimizer state against one process's.
 
 Relative norms tensor by tensor: |layout - one process| / |one process|. A tensor's limit is the larger of the table's
-value and 4 times its own noise floor (one process in fp32 against fp64), never above CEILING. Nothing is loosened to
-pass.
+value and 4 times its own noise floor (train/reference.py), never above CEILING. Nothing is loosened to pass.
 
 In bf16 rounding moves single tensors far, and turns top-k choices. There the layout and one process are both compared
 with one process in fp32, and the layout may not be farther from it than BF16 times as far as the one process is: root
@@ -11,7 +10,7 @@ mean squares over the tensors of a kind, step by step.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -130,10 +129,10 @@ def compare(
 def _differences(reference: Reference, ranks: list[Measured]) -> Iterator[Difference]:
     one, two = reference.single, reference.exact
     if reference.precision == "fp32":
-        yield from _compared(one, two, ranks)
+        yield from _compared(one, [one, *reference.others], two, ranks)
         return
-    noise = _by_kind(_compared(two, two, [one]))
-    for kind, error in _by_kind(_compared(two, two, ranks)).items():
+    noise = _by_kind(_compared(two, [two], two, [one]))
+    for kind, error in _by_kind(_compared(two, [two], two, ranks)).items():
         yield Difference(kind, len(one.losses) - 1, "", error, noise[kind], bf16=True)
 
 
@@ -145,31 +144,39 @@ def _by_kind(differences: Iterable[Difference]) -> dict[str, float]:
     return {kind: math.sqrt(sum(e * e for e in errors) / len(errors)) for kind, errors in found.items()}
 
 
-def _compared(one: Measured, two: Measured, ranks: list[Measured]) -> Iterator[Difference]:
+def _compared(one: Measured, draws: list[Measured], two: Measured, ranks: list[Measured]) -> Iterator[Difference]:
     yield from _tensors("initial", 0, [r.initial for r in ranks], one.initial)
     for step in range(len(one.losses)):
         for name, want in one.outputs[step].items():
-            yield _number("output", step, ranks[0].outputs[step][name], want, two.outputs[step][name], name)
+            some, exact = [d.outputs[step][name] for d in draws], two.outputs[step][name]
+            yield _number("output", step, ranks[0].outputs[step][name], want, some, exact, name)
         for rank in ranks:
-            yield _number("loss", step, rank.losses[step], one.losses[step], two.losses[step])
-            yield _number("norm", step, rank.norms[step], one.norms[step], two.norms[step])
-        for kind in ("gradient", "weight"):
-            got, want, exact = ([getattr(r, kind + "s")[step] for r in measured] for measured in (ranks, [one], [two]))
-            yield from _tensors(kind, step, got, want[0], exact[0])
+            some = [d.losses[step] for d in draws]
+            yield _number("loss", step, rank.losses[step], one.losses[step], some, two.losses[step])
+            some = [d.norms[step] for d in draws]
+            yield _number("norm", step, rank.norms[step], one.norms[step], some, two.norms[step])
+        for kind in ("gradients", "weights"):
+            got, want, some, exact = (
+                [getattr(m, kind)[step] for m in measured] for measured in (ranks, [one], draws, [two])
+            )
+            yield from _tensors(kind.removesuffix("s"), step, got, want[0], some, exact[0])
     yield from _tensors("adam", 1, [r.adam for r in ranks], one.adam)
 
 
-def _number(kind: str, step: int, got: float, want: float, exact: float, name: str = "") -> Difference:
-    return Difference(kind, step, name, abs(got - want) / abs(want), abs(want - exact) / abs(exact))
+def _number(
+    kind: str, step: int, got: float, want: float, draws: list[float], exact: float, name: str = ""
+) -> Difference:
+    noise = max(abs(drawn - exact) / abs(exact) for drawn in draws)
+    return Difference(kind, step, name, abs(got - want) / abs(want), noise)
 
 
 def _tensors(
-    kind: str, step: int, ranks: list[Held], want: Held, exact: Held | None = None
+    kind: str, step: int, ranks: list[Held], want: Held, draws: Sequence[Held] = (), exact: Held | None = None
 ) -> Iterator[Difference]:
     """Every tensor, assembled from the ranks' blocks; of several ranks that hold the same block the worst counts."""
-    exacts = {} if exact is None else whole(exact)
+    exacts, drawn = {} if exact is None else whole(exact), [whole(held) for held in draws]
     for name, wanted in whole(want).items():
-        noise = relative(wanted.double() - exacts[name], exacts[name]) if exacts else 0.0
+        noise = max((relative(one[name].double() - exacts[name], exacts[name]) for one in drawn), default=0.0)
         error = torch.zeros_like(wanted, dtype=torch.float64)
         covered = torch.zeros_like(wanted, dtype=torch.bool)
         for offset, block in (piece for held in ranks for piece in held.get(name, [])):

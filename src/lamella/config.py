@@ -131,8 +131,12 @@ class EvaluateConfig(Strict):
 
 
 class CheckpointConfig(Strict):
-    every: Positive
-    keep: Positive = 2
+    every: Positive  # steps
+    keep: Positive = 2  # the newest that stay
+    keep_every: Positive | None = None  # those of every so many steps stay too
+    keep_best: Count = 0  # so many of the lowest held-out loss, of those saved at a step that was evaluated, stay too
+    background: bool = True  # training waits for a copy in memory, not for the disk
+    mirror: str | None = None  # a second place, as fsspec names it: s3://bucket/path, gs://..., file:///mnt/other
 
 
 class TrainConfig(Strict):

@@ -1,16 +1,19 @@
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 
-from lamella.checkpoint import store
+from lamella.checkpoint import series, store
 from lamella.checkpoint.planner import Pieces
 from lamella.errors import UserError
 from lamella.parallel.local import run_local
 from tests.checkpoint import workers
+from tests.checkpoint.damages import flip, lengthen, truncate, zero_page
 from tests.checkpoint.workers import VALUES, empty, filled, message, true
 
 CURE = "; delete this checkpoint to continue from an earlier one"
@@ -18,7 +21,7 @@ CURE = "; delete this checkpoint to continue from an earlier one"
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    path = store.step_folder(tmp_path, 100)
+    path = series.step_folder(tmp_path, 100)
     store.save(path, filled(0, 1, 1), VALUES)
     return path
 
@@ -27,7 +30,7 @@ def saved(tmp_path: Path) -> Path:
     ("saving", "loadings"), [((1, 2), [(1, 1), (2, 2)]), ((2, 1), [(4, 1)]), ((2, 2), [(1, 3)])], ids=str
 )
 def test_another_layout_loads_the_same_bits(tmp_path: Path, saving, loadings):
-    path = store.step_folder(tmp_path, 100)
+    path = series.step_folder(tmp_path, 100)
     assert [o.code for o in run_local(saving[0] * saving[1], workers.save, path, *saving, timeout=60)] == [0] * (
         saving[0] * saving[1]
     )
@@ -41,7 +44,7 @@ def test_another_layout_loads_the_same_bits(tmp_path: Path, saving, loadings):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.uint8], ids=str)
 def test_dtypes(tmp_path: Path, dtype: torch.dtype):
-    path = store.step_folder(tmp_path, 1)
+    path = series.step_folder(tmp_path, 1)
     store.save(path, filled(0, 1, 1, dtype), {})
     held = empty(0, 1, 1, dtype)
     store.load(path, held)
@@ -55,34 +58,6 @@ def test_snapshot_is_a_copy():
         for view in x.held.values():
             view.zero_()
     assert true(copies) and not true(held)
-
-
-def test_only_published_steps_are_found(tmp_path: Path):
-    assert store.steps(tmp_path / "none") == [] and store.latest(tmp_path / "none") is None
-    for name in ("step-00000300", "step-00000020", "step-123456789", "step-00000400.tmp", "step-7", "other"):
-        (tmp_path / name).mkdir()
-    assert store.steps(tmp_path) == [20, 300, 123456789]
-    assert store.latest(tmp_path) == tmp_path / "step-123456789"
-
-
-def flip(file: Path):
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-
-
-def zero_page(file: Path):
-    data = bytearray(file.read_bytes())
-    data[1024:2048] = bytes(1024)
-    file.write_bytes(data)
-
-
-def truncate(file: Path):
-    file.write_bytes(file.read_bytes()[:-1])
-
-
-def lengthen(file: Path):
-    file.write_bytes(file.read_bytes() + b"\0")
 
 
 DAMAGES = [
@@ -124,6 +99,23 @@ def test_damaged_values_are_named(saved: Path):
     assert message(store.read_values, saved) == f"{saved}/run.json: altered{CURE}"
 
 
+@pytest.mark.parametrize("number", range(120))
+def test_any_damage_anywhere_is_named(saved: Path, number: int):
+    """100 flipped bits, 10 truncations and 10 deletions, of random files at random places."""
+    random = Random(number)
+    file = random.choice(sorted(saved.iterdir()))
+    if number < 100:
+        flip(file, random)
+    elif number < 110:
+        truncate(file, random)
+    else:
+        file.unlink()
+    held = empty(0, 1, 1)
+    error = message(store.load, saved, held) or ""
+    assert re.fullmatch(rf"{re.escape(str(file))}: (altered|truncated|missing){CURE}", error)
+    assert all(bool((view == 1).all()) for view, _ in workers.pairs(held))
+
+
 def test_no_checkpoint(tmp_path: Path):
     for use in (store.read_values, lambda path: store.load(path, {})):
         assert message(use, tmp_path / "none") == f"{tmp_path}/none: no checkpoint there; name one of {tmp_path}"
@@ -150,7 +142,7 @@ def test_another_model_is_refused(saved: Path):
 
 
 def test_holes_and_overlaps_are_refused_on_every_rank(tmp_path: Path):
-    outcomes = run_local(2, workers.save_wrong, store.step_folder(tmp_path, 100), timeout=60)
+    outcomes = run_local(2, workers.save_wrong, series.step_folder(tmp_path, 100), timeout=60)
     assert outcomes[0].value == outcomes[1].value
     start = "the ranks' pieces do not make up the tensors: "
     found = outcomes[0].value
@@ -168,14 +160,14 @@ def test_a_hole_is_refused_where_one_process_saves(tmp_path: Path):
     held = filled(0, 1, 1)
     held["row"].held.popitem()
     with pytest.raises(RuntimeError, match=r"row has \d+ of 96 elements"):
-        store.save(store.step_folder(tmp_path, 100), held, {})
+        store.save(series.step_folder(tmp_path, 100), held, {})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failing_rank_fails_all_and_harms_nothing(tmp_path: Path):
     outcomes = run_local(2, workers.save_failing, tmp_path, timeout=60)
     first, second = (o.value for o in outcomes)
-    path = store.step_folder(tmp_path, 200)
+    path = series.step_folder(tmp_path, 200)
     assert first.pop(2) == "step-00000100"
     assert (
         first
@@ -189,7 +181,7 @@ def test_a_failing_rank_fails_all_and_harms_nothing(tmp_path: Path):
     )
     for step in (100, 200):
         held = empty(0, 1, 1)
-        store.load(store.step_folder(tmp_path, step), held)
+        store.load(series.step_folder(tmp_path, step), held)
         assert true(held)
 
 
@@ -198,39 +190,22 @@ def test_a_killed_rank_leaves_the_earlier_checkpoint(tmp_path: Path, victim: int
     outcomes = run_local(2, workers.save_killed, tmp_path, victim, where, timeout=60)
     assert outcomes[victim].code == -signal.SIGKILL and outcomes[1 - victim].code == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000100", "step-00000200.tmp"]
-    assert store.latest(tmp_path) == store.step_folder(tmp_path, 100)
+    assert series.latest(tmp_path) == series.step_folder(tmp_path, 100)
     held = empty(0, 1, 1)
-    store.load(store.step_folder(tmp_path, 100), held)
+    store.load(series.step_folder(tmp_path, 100), held)
     assert true(held)
-    store.save(store.step_folder(tmp_path, 200), held, VALUES)  # clears what was left
+    store.save(series.step_folder(tmp_path, 200), held, VALUES)  # clears what was left
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000100", "step-00000200"]
-    store.load(store.step_folder(tmp_path, 200), held)
+    store.load(series.step_folder(tmp_path, 200), held)
 
 
 def test_a_file_where_the_folder_should_be(tmp_path: Path):
     file = tmp_path / "checkpoints"
     file.write_text("mine")
-    for use in (lambda: store.save(store.step_folder(file, 1), filled(0, 1, 1), {}), lambda: store.steps(file)):
+    for use in (lambda: store.save(series.step_folder(file, 1), filled(0, 1, 1), {}), lambda: series.steps(file)):
         with pytest.raises(UserError, match="a file stands where a folder should be; move it away"):
             use()
     assert file.read_text() == "mine"
-
-
-def test_prune_keeps_the_newest(tmp_path: Path):
-    for step in (1, 2, 3, 4):
-        (store.step_folder(tmp_path, step)).mkdir()
-        (store.step_folder(tmp_path, step) / "file").write_text("")
-    for name in ("step-00000002.tmp", "step-00000004.tmp", "step-00000005.tmp"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text("")
-    store.prune(tmp_path, keep=3)
-    assert store.steps(tmp_path) == [2, 3, 4]
-    store.prune(tmp_path, keep=1)
-    store.prune(tmp_path, keep=1)
-    names = sorted(p.name for p in tmp_path.iterdir())
-    assert names == ["step-00000004", "step-00000005.tmp"]  # the latter may be being written
-    with pytest.raises(AssertionError):
-        store.prune(tmp_path, keep=0)
 
 
 def test_values_are_readable_without_us(saved: Path):

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lamella.checkpoint import files, manifest, store
+from lamella.checkpoint import files, manifest, series, store
 from lamella.checkpoint.boxes import pieces
 from lamella.checkpoint.planner import Pieces
 from lamella.errors import UserError
@@ -163,19 +163,19 @@ def save_failing(folder: Path) -> list[str | None]:
     """Saves 100; fails to save 200 where rank 1 may write 2 kB a file, and where the manifest cannot be; saves it."""
     with joined() as rank:
         held, found = filled(rank, 2, 1), []
-        store.save(store.step_folder(folder, 100), held, VALUES)
+        store.save(series.step_folder(folder, 100), held, VALUES)
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         if rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # a real EFBIG
-        found.append(message(store.save, store.step_folder(folder, 200), held, VALUES))
+        found.append(message(store.save, series.step_folder(folder, 200), held, VALUES))
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         with mock.patch.object(manifest, "write", side_effect=OSError(28, "No space left on device")):
-            found.append(message(store.save, store.step_folder(folder, 200), held, VALUES))
+            found.append(message(store.save, series.step_folder(folder, 200), held, VALUES))
         if rank == 0:
             found.append(" ".join(sorted(p.name for p in folder.iterdir())))
         dist.barrier()
-        found.append(message(store.save, store.step_folder(folder, 200), held, VALUES))
-        found.append(message(store.save, store.step_folder(folder, 200), held, VALUES))
+        found.append(message(store.save, series.step_folder(folder, 200), held, VALUES))
+        found.append(message(store.save, series.step_folder(folder, 200), held, VALUES))
     return found
 
 
@@ -187,10 +187,15 @@ def save_killed(folder: Path, victim: int, where: str) -> None:
 
     with joined() as rank:
         held = filled(rank, 2, 1)
-        store.save(store.step_folder(folder, 100), held, VALUES)
+        store.save(series.step_folder(folder, 100), held, VALUES)
         if rank == victim and where == "pieces":
             serialised = [files._serialised, files._serialised, die]
             files._serialised = lambda *args: serialised.pop(0)(*args)
         if rank == victim and where == "manifest":
             manifest.write = die
-        store.save(store.step_folder(folder, 200), held, VALUES)
+        store.save(series.step_folder(folder, 200), held, VALUES)
+
+
+def find_newest(folder: Path) -> tuple[Path | None, list[str]]:
+    with joined():
+        return series.newest_whole(folder, group=gloo())

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lamella.checkpoint import store
+from lamella.checkpoint import series, store
 from lamella.config import change, load_run
 from lamella.data.manifest import read_manifest
 from lamella.errors import UserError
@@ -184,5 +184,5 @@ def test_killed_and_continued_from_its_own_checkpoint(corpus, tmp_path):
     assert history(struck) == history(whole)
     for config in (whole, struck):
         assert load_run(config.folder / "config.yaml").train.init_from == str(path)
-        newest = store.latest(config.folder / "checkpoints")
+        newest = series.latest(config.folder / "checkpoints")
         assert store.read_values(newest)["config"]["train"]["init_from"] == str(path)

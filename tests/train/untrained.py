@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lamella.checkpoint import store
+from lamella.checkpoint import series, store
 from lamella.checkpoint.planner import Pieces
 from lamella.config import RunConfig
 from lamella.data.manifest import read_manifest
@@ -31,6 +31,6 @@ def save_untrained(run: RunConfig, step: int = 3, **more: Any) -> tuple[Path, La
         "data": read_manifest(Path(run.data.path)).fingerprint,
         "config": run.model_dump(mode="json"),
     }
-    path = store.step_folder(run.folder / "checkpoints", step)
+    path = series.step_folder(run.folder / "checkpoints", step)
     store.save(path, held, values | more)
     return path, model

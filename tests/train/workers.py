@@ -2,7 +2,10 @@
 
 import os
 import signal
+import threading
 
+from lamella.checkpoint import manifest, series
+from lamella.checkpoint.background import Background
 from lamella.parallel import mesh as meshes
 from lamella.parallel.layout import resolve
 from lamella.parallel.seat import find_seat
@@ -42,3 +45,38 @@ def held_after_load(config):
     step = run.step
     meshes.leave()
     return held, parameters, places, step
+
+
+def train_and_die(config, rank, step, seconds):
+    """Trains; rank `rank` is killed so many seconds after it has begun to save step `step`."""
+    right = Background.save
+
+    def save(self, path, *rest):
+        if int(os.environ["RANK"]) == rank and series.step_of(path) == step:
+            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        right(self, path, *rest)
+
+    Background.save = save
+    loop.enter(config)
+
+
+def train_on_a_full_disk(config, steps):
+    """Trains; the disk has no room for the checkpoints of these steps."""
+    right = manifest.write
+
+    def write(folder, entries):
+        if any(folder.name.startswith(f"step-{step:08d}") for step in steps):
+            raise OSError(28, "No space left on device")
+        right(folder, entries)
+
+    manifest.write = write
+    loop.enter(config)
+
+
+def say_into(file, function, *args):
+    """Runs it; what the first process writes to its standard error is in the file."""
+    if os.environ["RANK"] == "0":
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as said:
+            os.dup2(said.fileno(), 2)
+    return function(*args)

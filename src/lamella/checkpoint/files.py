@@ -9,8 +9,9 @@ import io
 import itertools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from torch.futures import Future
 from lamella.checkpoint import manifest
 from lamella.errors import UserError
 
+Produce = Callable[[], bytes]
 VALUES = "run.json"
 UNPUBLISHED = ".tmp"  # a folder whose name ends so is being written or being deleted; nobody reads it
 
@@ -33,8 +35,8 @@ class Writer(FileSystemWriter):
     Whatever one rank's method raises, DCP raises on all ranks.
     """
 
-    def __init__(self, path: Path, values: dict[str, Any]):
-        self.folder, self.final, self.values = unpublished(path), path, values
+    def __init__(self, path: Path, values: dict[str, Any], beside: dict[str, Produce]):
+        self.folder, self.final, self.values, self.beside = unpublished(path), path, values, beside
         super().__init__(self.folder)
         self.values_json = b""
 
@@ -78,6 +80,7 @@ class Writer(FileSystemWriter):
         super().finish(metadata, pieces)
         entries.append(manifest.measure(self.folder / ".metadata"))
         entries.append(manifest.seal(self.folder / VALUES, self.values_json))
+        entries += [manifest.seal(self.folder / name, produce()) for name, produce in self.beside.items()]
         manifest.write(self.folder, entries)
         manifest.sync(self.folder)
         self.folder.rename(self.final)
@@ -94,7 +97,7 @@ class Reader(FileSystemReader):
         for name, indices in itertools.groupby(in_order, key=lambda index: places[index].relative_path):
             with (Path(self.path) / name).open("rb") as file:
                 for index in indices:
-                    saved = _deserialised(file, places[index])
+                    saved = read_piece(file, places[index])
                     for item in wanted[index]:
                         box = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))
                         target = planner.resolve_tensor(item).detach()
@@ -119,6 +122,7 @@ def _serialised(tensor: Tensor | io.BytesIO, buffer: io.BytesIO) -> memoryview:
     return buffer.getbuffer()[: buffer.tell()]
 
 
-def _deserialised(file: io.BufferedReader, place: _StorageInfo) -> Tensor:
+def read_piece(file: BinaryIO, place: _StorageInfo) -> Tensor:
+    """A piece out of its file, where the metadata say that it lies."""
     file.seek(place.offset)
     return torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)

@@ -17,6 +17,17 @@ NAME = "manifest.json"
 CURE = "delete this checkpoint to continue from an earlier one"
 
 
+class Damaged(UserError):
+    """Files of a checkpoint are not what was written; `what` names them."""
+
+    def __init__(self, what: str):
+        super().__init__(f"{what}; {CURE}")
+        self.what = what
+
+    def __reduce__(self) -> tuple[type["Damaged"], tuple[str]]:  # it travels between processes
+        return Damaged, (self.what,)
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """One file: its name in the checkpoint's folder, its size and the hex digest of its bytes."""
@@ -74,7 +85,7 @@ def write(folder: Path, entries: list[Entry]) -> None:
 
 
 def read(folder: Path) -> dict[str, Entry]:
-    """The entries by name. Raises UserError where there is no checkpoint or its manifest is damaged, OSError."""
+    """The entries by name. Raises UserError where there is no checkpoint, Damaged, OSError."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no checkpoint there; name one of {folder.parent}")
     try:
@@ -82,11 +93,11 @@ def read(folder: Path) -> dict[str, Entry]:
         files = manifest["files"]
         whole = manifest["sha256"] == _digest(files)
     except FileNotFoundError:
-        raise UserError(f"{folder / NAME}: missing; {CURE}") from None
+        raise Damaged(f"{folder / NAME}: missing") from None
     except (ValueError, KeyError, TypeError):
         whole = False
     if not whole:
-        raise UserError(f"{folder / NAME}: altered; {CURE}")
+        raise Damaged(f"{folder / NAME}: altered")
     return {name: Entry(name, *entry) for name, entry in files.items()}
 
 

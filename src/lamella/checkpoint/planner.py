@@ -54,9 +54,15 @@ class Pieces:
     def chunks(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(offset, view.size()) for offset, view in self.held.items()]
 
-    def snapshot(self) -> "Pieces":
-        """A copy in the CPU's memory, which training may outrun while it is being written."""
-        copies = [(offset, view.detach().to("cpu", copy=True)) for offset, view in self.held.items()]
+    def snapshot(self, into: "Pieces | None" = None) -> "Pieces":
+        """A copy in the CPU's memory, which training may outrun while it is being written; into an earlier one's."""
+        kept = into.held if into is not None else {}
+        copies = []
+        for offset, view in self.held.items():
+            copy = kept.get(offset)
+            if copy is None:
+                copy = torch.empty(view.shape, dtype=view.dtype, pin_memory=view.is_cuda)
+            copies.append((offset, copy.copy_(view.detach())))
         return Pieces(self.shape, self.dtype, copies, self.owner)
 
 

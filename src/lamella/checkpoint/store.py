@@ -4,16 +4,15 @@
                                  .metadata                         which piece lies where (DCP's)
                                  run.json                          plain values: step, data position, configuration
                                  manifest.json                     sizes and digests of all of these
+                                 metrics.jsonl.gz                  the metrics up to the step
     checkpoints/step-00000200.tmp/                                 unfinished: nobody reads it, the next save clears it
 
 A published checkpoint is never written again: saving a step that is already there is refused, so two runs that share a
 folder by mistake cannot mix, and whatever happens to a save the earlier checkpoints are whole.
 """
 
-import errno
 import itertools
 import json
-import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,45 +26,29 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lamella.checkpoint import manifest
-from lamella.checkpoint.files import UNPUBLISHED, VALUES, Reader, Writer, unpublished
+from lamella.checkpoint.disk import disk_error, disk_errors
+from lamella.checkpoint.files import VALUES, Produce, Reader, Writer
 from lamella.checkpoint.planner import LoadPlanner, Pieces, SavePlanner
 from lamella.errors import UserError
 
 T = TypeVar("T")
-CURES = {
-    errno.ENOSPC: "free some space, or keep fewer checkpoints",
-    errno.EDQUOT: "free some space, or keep fewer checkpoints",
-    errno.ENOENT: "every machine must see this folder; choose one on a file system that they share",
-    errno.ENOTDIR: "a file stands where a folder should be; move it away",
-    errno.EEXIST: "a file stands where a folder should be; move it away",
-}
-OTHER_CURE = "choose a folder that can be read and written"
 
 
-def step_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies: folder/step-00000100."""
-    return folder / f"step-{step:08d}"
-
-
-def steps(folder: Path) -> list[int]:
-    """The steps of the published checkpoints, in order. Raises UserError where the folder cannot be read."""
-    return sorted(_found(folder, suffix=""))
-
-
-def latest(folder: Path) -> Path | None:
-    """The newest published checkpoint. Raises UserError where the folder cannot be read."""
-    found = steps(folder)
-    return step_folder(folder, found[-1]) if found else None
-
-
-def save(path: Path, tensors: dict[str, Pieces], values: dict[str, Any], group: ProcessGroup | None = None) -> None:
+def save(
+    path: Path,
+    tensors: dict[str, Pieces],
+    values: dict[str, Any],
+    group: ProcessGroup | None = None,
+    beside: dict[str, Produce] | None = None,
+) -> None:
     """Writes and publishes a checkpoint at `path`: collective over the group (default: all processes).
 
-    Every process gives its pieces by global name; `values`, plain JSON, are the first process's. With NCCL as the
-    default backend a gloo group keeps the bookkeeping off the devices. Raises, on every process, UserError where the
-    disk does not take it or the checkpoint is already there, and RuntimeError where the pieces leave a hole or overlap.
+    Every process gives its pieces by global name; `values`, plain JSON, and `beside`, further files by name, are the
+    first process's. With NCCL as the default backend a gloo group keeps the bookkeeping off the devices. Raises, on
+    every process, UserError where the disk does not take it or the checkpoint is already there, and RuntimeError where
+    the pieces leave a hole or overlap.
     """
-    writer = Writer(path, values)
+    writer = Writer(path, values, beside or {})
     try:
         with _without_dist_warning():
             state_dict_saver.save(
@@ -111,11 +94,11 @@ def load(
 
 
 def verify(path: Path, group: ProcessGroup | None = None) -> None:
-    """Compares every file's digest: collective over the group. Raises UserError for each damaged one."""
+    """Compares every file's digest: collective over the group. Raises Damaged that names each damaged one."""
     rank, ranks = _seat(group)
     damaged = together(lambda: manifest.damage(path, rank, ranks), path, group)
     if any(damaged):
-        raise UserError(f"{'; '.join(sorted(itertools.chain(*damaged)))}; {manifest.CURE}")
+        raise manifest.Damaged("; ".join(sorted(itertools.chain(*damaged))))
 
 
 def names(path: Path) -> list[str]:
@@ -125,36 +108,25 @@ def names(path: Path) -> list[str]:
 
 def read_values(path: Path) -> dict[str, Any]:
     """The plain values saved with a checkpoint. Raises UserError where they are damaged."""
-    with _disk_errors(path, "cannot load"):
-        entry = manifest.read(path)[VALUES]
-        line = manifest.fault(path / VALUES, entry)
+    return json.loads(read_file(path, VALUES) or b"")
+
+
+def read_file(path: Path, name: str) -> bytes | None:
+    """A whole file of a checkpoint, or None where it has none of that name. Raises UserError where it is damaged."""
+    with disk_errors(path, "cannot load"):
+        entry = manifest.read(path).get(name)
+        if entry is None:
+            return None
+        line = manifest.fault(path / name, entry)
         if line:
-            raise UserError(f"{line}; {manifest.CURE}")
-        return json.loads((path / VALUES).read_bytes())
-
-
-def prune(folder: Path, keep: int) -> None:
-    """Deletes all published checkpoints but the newest `keep`, and what interrupted saves have left. For one process.
-
-    Raises UserError where the disk refuses.
-    """
-    assert keep >= 1, "the newest checkpoint is never deleted"
-    published = steps(folder)
-    with _disk_errors(folder, "cannot delete old checkpoints"):
-        for step in published[:-keep]:
-            path = step_folder(folder, step)
-            if unpublished(path).exists():
-                shutil.rmtree(unpublished(path))
-            path.rename(unpublished(path))  # half deleted it must not be found
-        for step in _found(folder, UNPUBLISHED):
-            if published and step <= published[-1]:  # a newer one may be being written
-                shutil.rmtree(unpublished(step_folder(folder, step)))
+            raise manifest.Damaged(line)
+        return (path / name).read_bytes()
 
 
 def together(function: Callable[[], T], path: Path, group: ProcessGroup | None = None) -> list[T]:
     """What `function` returns on each process; where it raises on any of them, the first such error on all."""
     try:
-        with _disk_errors(path, "cannot load"):
+        with disk_errors(path, "cannot load"):
             mine: T | Exception = function()
     except Exception as error:
         mine = error
@@ -166,15 +138,6 @@ def together(function: Callable[[], T], path: Path, group: ProcessGroup | None =
         if isinstance(result, Exception):
             raise result
     return everyone
-
-
-def _found(folder: Path, suffix: str) -> Iterator[int]:
-    with _disk_errors(folder, "cannot look for checkpoints"):
-        names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
-    for name in names:
-        match = re.fullmatch(r"step-(\d{8,})" + re.escape(suffix), name)
-        if match:
-            yield int(match[1])
 
 
 def _seat(group: ProcessGroup | None) -> tuple[int, int]:
@@ -189,22 +152,8 @@ def _cause(error: CheckpointException, path: Path, what: str) -> BaseException:
             return failure
     for failure in failures:
         if isinstance(failure, OSError):
-            return _disk_error(failure, path, what)
+            return disk_error(failure, path, what)
     return failures[0]
-
-
-@contextmanager
-def _disk_errors(path: Path, what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise _disk_error(error, path, what) from error
-
-
-def _disk_error(error: OSError, path: Path, what: str) -> UserError:
-    where = f" {error.filename}" if error.filename and str(error.filename) != str(path) else ""
-    cure = CURES.get(error.errno or 0, OTHER_CURE)
-    return UserError(f"{path}: {what}: {error.strerror or error}{where}; {cure}")
 
 
 @contextmanager

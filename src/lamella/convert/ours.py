@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamella.checkpoint import store
+from lamella.checkpoint import series, store
 from lamella.checkpoint.boxes import pieces
 from lamella.checkpoint.planner import ChunkStorageMetadata, Pieces
 from lamella.config import ModelConfig, RunConfig
@@ -97,7 +97,7 @@ def save(folder: Path, tensors: dict[str, Produced], run: RunConfig, tokenizer: 
         "config": run.model_dump(mode="json"),
         KEPT: dataclasses.asdict(kept),
     } | ({} if tokenizer is None else {"tokenizer": tokenizer})
-    path = store.step_folder(folder / "checkpoints", 0)
+    path = series.step_folder(folder / "checkpoints", 0)
     store.save(path, {f"master/{name}": held for name, held in tensors.items()}, values)
     return path
 

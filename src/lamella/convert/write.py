@@ -42,12 +42,7 @@ def write_weights(
     count = len(shards)
     names = [SAFE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     for name, shard in zip(names, shards, strict=True):
-        with (folder / name).open("xb") as file:
-            file.write(_head({n: kinds[n] for n in shard}))
-            for wanted in shard:
-                found, tensor = next(tensors)
-                assert (found, tuple(tensor.shape), tensor.dtype) == (wanted, *kinds[wanted]), (found, wanted)
-                file.write(_bytes(tensor))
+        write_file(folder / name, {n: kinds[n] for n in shard}, tensors)
     if count > 1:
         where = {n: name for name, shard in zip(names, shards, strict=True) for n in shard}
         sizes = {
@@ -56,6 +51,16 @@ def write_weights(
         }
         write_json(folder / f"{SAFE}.index.json", {"metadata": sizes, "weight_map": where})
     return [folder / name for name in names]
+
+
+def write_file(path: Path, kinds: Kinds, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Writes the next of `tensors`, those of `kinds`, into one file. Raises OSError."""
+    with path.open("xb") as file:
+        file.write(_head(kinds))
+        for wanted, kind in kinds.items():
+            found, tensor = next(tensors)
+            assert (found, tuple(tensor.shape), tensor.dtype) == (wanted, *kind), (found, wanted)
+            file.write(_bytes(tensor))
 
 
 def write_binary(

@@ -1,6 +1,6 @@
 """Everything about a run that can be wrong, looked at before any process starts."""
 
-from lamella.checkpoint import store
+from lamella.checkpoint import series
 from lamella.config import RunConfig
 from lamella.data.stream import HeldoutRows, TrainRows
 from lamella.errors import UserError
@@ -8,6 +8,7 @@ from lamella.model.count import count
 from lamella.parallel.layout import Layout, resolve
 from lamella.train.folder import open_folder
 from lamella.train.init_from import find_start
+from lamella.train.saving import mirror_of
 
 
 def check(run: RunConfig, world: int) -> Layout:
@@ -24,7 +25,8 @@ def check(run: RunConfig, world: int) -> Layout:
             f"model.vocab_size={run.model.vocab_size} is smaller than the tokenizer's {data.vocab_size} pieces"
             f" ({run.data.path}); raise it to {data.vocab_size}"
         )
-    if store.latest(run.folder / "checkpoints") is None:
+    mirror = mirror_of(run)
+    if series.latest(run.folder / "checkpoints") is None and not (mirror is not None and mirror.steps()):
         find_start(run, data.tokenizer.fingerprint)
     open_folder(run)
     return layout

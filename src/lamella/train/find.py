@@ -25,9 +25,9 @@ def find_checkpoint(where: Path) -> Path:
     folder = where / "checkpoints" if (where / "checkpoints").is_dir() else where
     if not any(name.startswith("step-") for name in _names(folder)):
         raise UserError(f"{where}: no checkpoint there; {ANOTHER}")
-    from lamella.checkpoint import store
+    from lamella.checkpoint import series
 
-    newest = store.latest(folder)
+    newest = series.latest(folder)
     if newest is None:
         raise UserError(f"{where}: no finished checkpoint there yet; {ANOTHER}")
     return newest

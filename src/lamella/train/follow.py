@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import sys
 import threading
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import IO, Any
 from lamella.config import RunConfig
 from lamella.errors import UserError
 from lamella.train.mlflow_store import NoMlflow, Store, now
+from lamella.train.say import say
 
 POLL_SECONDS = 2.0
 LONGEST_WAIT = 60.0  # seconds between two tries to reach a store
@@ -196,7 +196,3 @@ class Machine:
         except Exception:  # no psutil, or the trainer is gone
             return {}
         return {"system": found}
-
-
-def say(text: str) -> None:
-    print(f"lamella: {text}", file=sys.stderr, flush=True)

@@ -4,7 +4,7 @@ import signal
 from functools import partial
 from types import FrameType
 
-from lamella.checkpoint import store
+from lamella.checkpoint import series, store
 from lamella.config import RunConfig, change
 from lamella.data.stream import HeldoutRows, TrainRows
 from lamella.errors import EXIT_REQUEUE
@@ -25,7 +25,11 @@ from lamella.train.loss import sum_nats
 from lamella.train.metrics import Totals, moe_metrics
 from lamella.train.optimizer import learning_rate, make_optimizer
 from lamella.train.reports import Reports
+from lamella.train.saving import Saver, mirror_of
+from lamella.train.say import say
 from lamella.train.step import accumulate_gradients
+
+METRICS = "metrics.jsonl.gz"  # in a checkpoint: the metrics up to its step
 
 
 class Run:
@@ -36,7 +40,9 @@ class Run:
         self.mesh, self.folder = mesh, config.folder
         self.data = TrainRows(config.data, train.sequence_length, train.global_batch_size, train.seed)
         self.heldout = HeldoutRows(config.data, train.sequence_length)
-        newest, start = store.latest(self.folder / "checkpoints"), None
+        mirror = mirror_of(config) if mesh.first else None
+        newest, passed_over = series.newest_whole(self.folder / "checkpoints", mirror)
+        start = None
         if newest is None:
             start = find_start(config, self.data.tokenizer.fingerprint)
             began = start and str(start.path)
@@ -52,9 +58,17 @@ class Run:
         self.passes = make_passes(self.model, self.zero, loss, mesh, train.sequence_length)
         self.totals = Totals(mesh)
         self.step = 0 if newest is None else state.load(newest, self.zero, self.balance)
-        self.saved = self.step
+        self.saver = Saver(config, mesh.first, self.step)
         self.clock = Clock(mesh.device)
-        self.reports = Reports(config, mesh.layout, self.step) if mesh.first else None
+        self.heldout_loss: float | None = None  # where the last step was evaluated
+        self.reports = None
+        if mesh.first:
+            for line in passed_over:
+                say(line)
+            if newest is not None:
+                say(f"continues from {newest}")
+            packed = None if newest is None else store.read_file(newest, METRICS)
+            self.reports = Reports(config, mesh.layout, self.step, packed)
 
     def train_step(self, asked: list[int]) -> bool:
         """One step, reported. Returns whether any process was asked to stop, the same on all."""
@@ -80,8 +94,10 @@ class Run:
         }
         line |= moe_metrics(total, tokens, train.global_batch_size)
         self.step += 1
+        self.heldout_loss = None
         if self.step % train.evaluate.every == 0 or self.step == train.steps:
             line |= self.held_out()
+            self.heldout_loss = line["heldout_loss"]
         if self.reports is not None:
             self.reports.step(line)
         return float(total["stop"]) > 0
@@ -93,14 +109,10 @@ class Run:
         return {"heldout_loss": found.loss, "heldout_bits_per_byte": found.bits_per_byte}
 
     def save(self) -> None:
-        """Publishes a checkpoint of the steps done, once."""
-        if self.saved == self.step:
-            return
-        checkpoints = self.folder / "checkpoints"
-        state.save(checkpoints, self.step, self.zero, self.balance, self.config, self.data)
-        self.saved = self.step
-        if self.mesh.first:
-            store.prune(checkpoints, self.config.train.checkpoint.keep)
+        """Begins to publish a checkpoint of the steps done, once."""
+        values = state.values(self.step, self.balance, self.config, self.data, self.heldout_loss)
+        beside = {} if self.reports is None else {METRICS: self.reports.metrics.packed()}
+        self.saver.save(self.step, state.tensors(self.zero), values, beside)
 
 
 def train(config: RunConfig) -> int:
@@ -118,8 +130,10 @@ def train(config: RunConfig) -> int:
     stopped = False
     while run.step < config.train.steps and not stopped:
         stopped = run.train_step(asked)
+        run.saver.settle()
         if stopped or run.step % config.train.checkpoint.every == 0 or run.step == config.train.steps:
             run.save()
+    run.saver.close()
     meshes.leave()
     if run.reports is not None:
         run.reports.close(stopped)

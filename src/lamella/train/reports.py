@@ -1,6 +1,5 @@
 """What the first rank tells of a run: the metrics file, which is the truth, and whoever shows it."""
 
-import sys
 import threading
 from typing import Any
 
@@ -9,17 +8,18 @@ from lamella.parallel.layout import Layout
 from lamella.train.figures import draw, draw_layout_aside
 from lamella.train.layout_record import FILE, describe
 from lamella.train.metrics_file import MetricsFile
+from lamella.train.say import say
 from lamella.train.terminal import View
 from lamella.train.tracking import Tracker
 
 
 class Reports:
-    """From step `step` on; what was logged from there on before is forgotten."""
+    """From step `step` on; what was logged from there on before is forgotten. `packed`: see MetricsFile."""
 
-    def __init__(self, config: RunConfig, layout: Layout, step: int):
+    def __init__(self, config: RunConfig, layout: Layout, step: int, packed: bytes | None = None):
         self.folder = config.folder
         dump(config, config.folder / "config.yaml")
-        self.metrics = MetricsFile(config.folder / "metrics.jsonl", step)
+        self.metrics = MetricsFile(config.folder / "metrics.jsonl", step, packed)
         self.view = View(config, layout, step)
         self.drawing = self._begin_drawing(config, layout)
         self.tracker = Tracker(config, step) if config.tracking.enabled else None
@@ -34,7 +34,7 @@ class Reports:
         try:
             draw(self.folder)
         except Exception as error:  # a picture that cannot be drawn costs no run its exit code
-            _say("figures were", error)
+            _not_drawn("figures were", error)
         self.view.close(stopped)
         if self.tracker is not None:
             self.tracker.close(stopped)
@@ -44,10 +44,10 @@ class Reports:
             describe(config, layout).save(self.folder / FILE)
             return draw_layout_aside(self.folder)
         except Exception as error:
-            _say("figure of the layout was", error)
+            _not_drawn("figure of the layout was", error)
             return None
 
 
-def _say(what: str, error: Exception) -> None:
+def _not_drawn(what: str, error: Exception) -> None:
     why = " ".join(str(error).split())
-    print(f"the {what} not drawn ({type(error).__name__}: {why})", file=sys.stderr, flush=True)
+    say(f"the {what} not drawn ({type(error).__name__}: {why})")

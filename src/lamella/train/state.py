@@ -13,6 +13,7 @@ import torch
 from lamella.checkpoint import store
 from lamella.checkpoint.boxes import pieces
 from lamella.checkpoint.planner import Pieces
+from lamella.checkpoint.series import LOSS
 from lamella.config import RunConfig
 from lamella.data.stream import TrainRows
 from lamella.errors import UserError
@@ -33,11 +34,11 @@ def tensors(zero: Zero) -> dict[str, Pieces]:
     return found
 
 
-def save(
-    folder: Path, step: int, zero: Zero, balance: Balance, run: RunConfig, data: TrainRows
-) -> Path:
-    """Writes the checkpoint of `step` finished steps; all processes together. Returns its folder."""
-    values = {
+def values(
+    step: int, balance: Balance, run: RunConfig, data: TrainRows, heldout_loss: float | None = None
+) -> dict[str, Any]:
+    """The plain values of `step` finished steps; the held-out loss where it was measured there."""
+    return {
         "format": FORMAT,
         "step": step,
         "rows": step * run.train.global_batch_size,
@@ -46,19 +47,19 @@ def save(
         "tokenizer": data.tokenizer.fingerprint,
         "routers": balance.state,
         "config": run.model_dump(mode="json"),
-    }
-    path = store.step_folder(folder, step)
-    store.save(path, tensors(zero), values)
-    return path
+    } | ({} if heldout_loss is None else {LOSS: heldout_loss})
 
 
 def load(path: Path, zero: Zero, balance: Balance) -> int:
-    """Reads a checkpoint into masters, moments, parameters and routers; all processes together. Returns its step."""
-    values = store.read_values(path)
-    step = values["step"]
-    balance.restore(values.get("routers", {}))
+    """Reads a verified checkpoint into masters, moments, parameters and routers; all processes together.
+
+    Returns its step.
+    """
+    saved = store.read_values(path)
+    step = saved["step"]
+    balance.restore(saved.get("routers", {}))
     zero.prepare_state(step)
-    store.load(path, tensors(zero))
+    store.load(path, tensors(zero), verified=True)
     zero.refresh()
     return step
 

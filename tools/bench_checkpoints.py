@@ -1,12 +1,12 @@
 """Saving and loading a training state beside what others do with the same state, on the same processes, in one run.
 
-    OMP_NUM_THREADS=1 python tools/bench_checkpoints.py [--folder DIR] [--rounds 5]
+    OMP_NUM_THREADS=1 python -m tools.bench_checkpoints [--folder DIR] [--rounds 5] [--width 768]
 
-A hybrid of 37 M parameters (tools/bench_memory.py) under data=2, zero=1: masters and both moments, 418 MiB. Each round
-saves and loads with every writer in turn. A save counts when its files are synced, whoever syncs them; a load reads
-from the page cache, as after a restart on the same machine. `ours` compares every digest when it loads; no other does.
-`stall` is how long training stands still for a save in the background, in memory that the saves before have touched.
-Printed: medians in seconds, and how many times as fast as ours.
+The hybrid of tools/bench_memory.py at a width (384: 37 M parameters, 768: 85 M) under data=2, zero=1: masters and both
+moments. Each round saves and loads with every writer in turn. A save counts when its files are synced, whoever syncs
+them; a load reads from the page cache, as after a restart on the same machine. `ours` compares every digest when it
+loads; no other does. `stall` is how long training stands still for a save in the background, in memory that the saves
+before have touched. Printed: medians in seconds, and how many times as fast as ours.
 """
 
 import argparse
@@ -39,16 +39,18 @@ from tools.bench_memory import MODEL
 RUN = Path(__file__).parent.parent / "configs" / "run" / "quickstart.yaml"
 
 
-def measure(folder: Path, rounds: int) -> dict[str, list[float]]:
+def measure(folder: Path, rounds: int, width: int) -> dict[str, list[float]]:
     """Seconds by what was done, as the slowest process took them."""
     seat = find_seat()
     run = load_run(str(RUN), ["layout.data=2", "layout.zero=1"])
-    run = run.model_copy(update={"model": type(run.model).model_validate(MODEL, strict=False)})
+    model = type(run.model).model_validate(MODEL | {"d_model": width}, strict=False)
+    run = run.model_copy(update={"model": model})
     mesh = meshes.join(seat, resolve(run, seat.world))
     model = build_model(run.model, mesh, "fp32", 0)
     zero = Zero(model, make_optimizer(model, run.train.optimizer), 1.0, mesh)
     zero.prepare_state(1)
-    tensors, group = state.tensors(zero), dist.new_group(backend="gloo")
+    tensors = state.tensors(zero)
+    group: Any = dist.new_group(backend="gloo")
     mine = {f"{name}/{offset}": view for name, held in tensors.items() for offset, view in held.held.items()}
     background = Background()
     times: dict[str, list[float]] = {"bytes": [float(sum(view.nbytes for view in mine.values()))]}
@@ -117,9 +119,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where to write; default: the system's folder for such files")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--width", type=int, default=768)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        outcomes = run_local(2, measure, Path(folder), args.rounds, timeout=3600)
+        outcomes = run_local(2, measure, Path(folder), args.rounds, args.width, timeout=3600)
     first = outcomes[0].value
     if first is None:
         raise SystemExit("a process failed; its traceback is above")

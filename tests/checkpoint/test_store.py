@@ -1,14 +1,19 @@
+import hashlib
+import io
 import json
+import os
+import pickle
 import re
 import shutil
 import signal
+import zipfile
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 
-from lamella.checkpoint import series, store
+from lamella.checkpoint import files, manifest, series, store
 from lamella.checkpoint.planner import Pieces
 from lamella.errors import UserError
 from lamella.parallel.local import run_local
@@ -83,6 +88,48 @@ def test_damage_is_named_on_every_rank(saved: Path):
     for i, (_, name, verdict) in enumerate(DAMAGES):
         for outcome in outcomes:
             assert outcome.value[i] == (f"{copies[i] / name}: {verdict}{CURE}", True)
+
+
+def test_manifests_with_sha256_are_read(saved: Path):
+    entries = {name: manifest.measure(saved / name, "sha256") for name in manifest.read(saved)}
+    files = {e.name: [e.bytes, e.digest] for e in entries.values()}
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    (saved / "manifest.json").write_text(json.dumps({"files": files, "sha256": digest}))
+    held = empty(0, 1, 1)
+    store.load(saved, held)
+    assert true(held)
+    flip(saved / "run.json")
+    assert message(store.load, saved, held) == f"{saved}/run.json: altered{CURE}"
+
+
+class Malicious:
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.file}",)
+
+
+def test_a_malicious_checkpoint_executes_nothing(tmp_path: Path, monkeypatch):
+    """Its digests are right: whoever writes a pickle can write them too."""
+    executed, raw = tmp_path / "executed", pickle.dumps(Malicious(tmp_path / "executed"))
+    refused = f"holds {os.system.__module__}.system, which is never loaded"
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as packed:
+        packed.writestr("archive/data.pkl", raw)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_serialised", lambda tensor, _: memoryview(buffer.getvalue()))
+        store.save(series.step_folder(tmp_path, 1), filled(0, 1, 1), VALUES)
+    path = series.step_folder(tmp_path, 2)
+    store.save(path, filled(0, 1, 1), VALUES)
+    (path / ".metadata").write_bytes(raw)
+    entries = [manifest.measure(path / name) for name in manifest.read(path)]
+    (path / "manifest.json").unlink()
+    manifest.write(path, entries)
+    for step in (1, 2):
+        with pytest.raises(UserError, match=refused):
+            store.load(series.step_folder(tmp_path, step), empty(0, 1, 1))
+    assert not executed.exists()
 
 
 def test_all_damaged_files_are_named(saved: Path):

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from lamella.checkpoint import store
 from lamella.checkpoint.files import Reader, read_piece
@@ -35,9 +35,9 @@ class Source:
 
     def __init__(self, path: Path):
         store.verify(path)
-        metadata = Reader(path).read_metadata()
+        metadata = Reader(path).metadata
         self.path, self.places = path, metadata.storage_data
-        self.saved: dict[str, TensorStorageMetadata] = dict(sorted(metadata.state_dict_metadata.items()))
+        self.saved: dict[str, Any] = dict(sorted(metadata.state_dict_metadata.items()))  # DCP's of each tensor
         self.kinds = {name: Kind(saved.size, saved.properties.dtype) for name, saved in self.saved.items()}
         self._last: tuple[MetadataIndex, Tensor] | None = None
 
@@ -60,8 +60,7 @@ class Source:
     def _piece(self, index: MetadataIndex) -> Tensor:
         if self._last is None or self._last[0] != index:
             place = self.places[index]
-            with (self.path / place.relative_path).open("rb") as file:
-                self._last = index, read_piece(file, place)
+            self._last = index, read_piece(self.path / place.relative_path, place)
         return self._last[1]
 
 

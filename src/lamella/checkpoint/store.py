@@ -15,7 +15,7 @@ import itertools
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 def save(
     path: Path,
-    tensors: dict[str, Pieces],
+    tensors: Mapping[str, Pieces],
     values: dict[str, Any],
     group: ProcessGroup | None = None,
     beside: dict[str, Produce] | None = None,
@@ -80,11 +80,13 @@ def load(
     """
     if not verified:
         verify(path, group)
+    readers: list[Reader] = []
+    together(lambda: readers.append(Reader(path)), path, group)
     try:
         with _without_dist_warning():
             state_dict_loader.load(
                 dict(tensors),
-                storage_reader=Reader(path),
+                storage_reader=readers[0],
                 planner=LoadPlanner(path, partial),
                 process_group=group,
                 no_dist=not dist.is_initialized(),
@@ -103,7 +105,7 @@ def verify(path: Path, group: ProcessGroup | None = None) -> None:
 
 def names(path: Path) -> list[str]:
     """The tensors of a checkpoint, to be verified before."""
-    return sorted(Reader(path).read_metadata().state_dict_metadata)
+    return sorted(Reader(path).metadata.state_dict_metadata)
 
 
 def read_values(path: Path) -> dict[str, Any]:

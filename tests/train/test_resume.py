@@ -97,6 +97,46 @@ def assert_continues(nproc, moved, middle, finished, final):
         assert got.get("heldout_loss", 0) == pytest.approx(want.get("heldout_loss", 0), rel=1e-6)
 
 
+EIGHT = {
+    "single": (1, {}),
+    "tensor": (2, {"tensor": 2}),
+    "pipeline": (2, {"pipeline": 2}),
+    "expert": (2, {"expert": 2}),
+    "zero1": (2, {"zero": 1}),
+    "zero2": (2, {"zero": 2}),
+    "zero3": (2, {"zero": 3}),
+    "combined": (4, {"tensor": 2, "sequence_parallel": True, "pipeline": 2, "zero": 1}),
+}
+
+
+@pytest.fixture(scope="module")
+def saved_under(corpus, tmp_path_factory):
+    """A finished run under each of EIGHT, made when it is asked for, with its final state."""
+    found = {}
+
+    def make(name):
+        if name not in found:
+            nproc, layout = EIGHT[name]
+            config = tiny_run(corpus, tmp_path_factory.mktemp(name), **layout)
+            assert exit_code(run_local(nproc, loop.enter, config, timeout=120)) == 0
+            found[name] = config, whole_state(config, nproc)[0]
+        return found[name]
+
+    return make
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("loading", EIGHT)
+@pytest.mark.parametrize("saving", EIGHT)
+def test_every_pair_of_layouts(saving, loading, corpus, tmp_path, saved_under):
+    nproc, layout = EIGHT[loading]
+    moved, middle = (tiny_run(corpus, tmp_path, name=name, **layout) for name in ("moved", "middle"))
+    finished, final = saved_under(saving)
+    assert_continues(nproc, moved, middle, finished, final)
+    if saving == loading:
+        assert history(middle) == history(finished)
+
+
 def tied_run(corpus, runs, **options):
     """Four layers between tied embeddings."""
     config = tiny_run(corpus, runs, **options)

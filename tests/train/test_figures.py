@@ -259,7 +259,7 @@ def test_a_run_outlives_its_figures(tmp_path, monkeypatch, capsys):
     found.step(line(0))
     found.close(False)
     found.metrics.file.close()
-    assert capsys.readouterr().err == "the figures were not drawn (RuntimeError: no fonts)\n"
+    assert capsys.readouterr().err == "lamella: the figures were not drawn (RuntimeError: no fonts)\n"
     assert [f.name for f in (config.folder / "figures").iterdir()] == ["layout.png"]  # drawn at the run's start
 
 
@@ -273,7 +273,7 @@ def test_a_run_outlives_its_layout(tmp_path, monkeypatch, capsys):
     found.step(line(0))
     found.close(False)
     found.metrics.file.close()
-    assert capsys.readouterr().err == "the figure of the layout was not drawn (RuntimeError: no room)\n"
+    assert capsys.readouterr().err == "lamella: the figure of the layout was not drawn (RuntimeError: no room)\n"
 
 
 def test_help_imports_nothing_heavy():

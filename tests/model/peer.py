@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from lamella.config import ModelConfig
 from lamella.model.init import generator
 from lamella.model.lm import LanguageModel
-from tests.nn.building import packed, relative
+from tests.nn.building import packed, relative, some
 from tools.peers import copy_weights, gathered
 
 
@@ -53,3 +53,14 @@ def assert_same(ours, theirs, table, tokens):
         loss(logits, tokens).backward()
     worst = worst_gradient(ours, theirs, table)
     assert worst[0] < 1e-4, worst
+
+
+@torch.no_grad()
+def assert_same_steps(ours, theirs, tokens):
+    """Ours token by token, as in generation, against theirs over the whole."""
+    length, states = tokens.shape[1], {}
+    rows = packed([[length]] * len(tokens))
+    now = [slice(t, t + 1) for t in range(length)]
+    steps = [ours(tokens[:, time], some(rows, time=time), states) for time in now]
+    wanted = theirs(input_ids=tokens, use_cache=False).logits
+    assert (torch.cat(steps, 1) - wanted).abs().max() < 1e-4

@@ -1,10 +1,8 @@
 """Against transformers' Jamba: the same weights give the same logits and the same gradients."""
 
 import pytest
-import torch
 
-from tests.model.peer import assert_same, pair_of, tokens_of
-from tests.nn.building import packed, some
+from tests.model.peer import assert_same, assert_same_steps, pair_of, tokens_of
 from tools.peers import JAMBA
 
 transformers = pytest.importorskip("transformers")
@@ -55,12 +53,4 @@ def test_logits_and_gradients_equal_transformers(pair):
 
 
 def test_generation_s_states_give_transformers_logits(pair):
-    """Ours token by token against theirs over the whole."""
-    ours, theirs, _ = pair
-    tokens = tokens_of(VOCAB, 2, 9, seed=2)
-    rows, states = packed([[9]] * 2), {}
-    with torch.no_grad():
-        now = [slice(t, t + 1) for t in range(9)]
-        steps = [ours(tokens[:, time], some(rows, time=time), states) for time in now]
-        wanted = theirs(input_ids=tokens, use_cache=False).logits
-    assert (torch.cat(steps, 1) - wanted).abs().max() < 1e-4
+    assert_same_steps(*pair[:2], tokens_of(VOCAB, 2, 9, seed=2))

@@ -6,11 +6,10 @@ one row and one layer it is `top_k` times ours.
 """
 
 import pytest
-import torch
 
 from lamella.nn.record import Record
-from tests.model.peer import assert_same, loss, pair_of, tokens_of, worst_gradient
-from tests.nn.building import packed, some
+from tests.model.peer import assert_same, assert_same_steps, loss, pair_of, tokens_of, worst_gradient
+from tests.nn.building import packed
 from tools.peers import LLAMA
 
 transformers = pytest.importorskip("transformers")
@@ -65,15 +64,7 @@ def test_logits_and_gradients_equal_transformers(pair):
 
 
 def test_generation_s_states_give_transformers_logits(pair):
-    """Ours token by token against theirs over the whole."""
-    model, theirs, _ = pair
-    tokens = tokens_of(VOCAB, 2, 9, seed=2)
-    rows, states = packed([[9]] * 2), {}
-    with torch.no_grad():
-        now = [slice(t, t + 1) for t in range(9)]
-        steps = [model(tokens[:, time], some(rows, time=time), states) for time in now]
-        wanted = theirs(input_ids=tokens, use_cache=False).logits
-    assert (torch.cat(steps, 1) - wanted).abs().max() < 1e-4
+    assert_same_steps(*pair[:2], tokens_of(VOCAB, 2, 9, seed=2))
 
 
 def test_the_auxiliary_loss_is_mixtral_s():

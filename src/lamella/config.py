@@ -149,7 +149,7 @@ class TrainConfig(Strict):
     checkpoint: CheckpointConfig
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: Count = 0
-    init_from: str | None = None  # a checkpoint, or a run's folder for its newest, whose weights a new run begins with
+    init_from: str | None = None  # whose weights a new run begins with: a checkpoint, a run's folder, or hf:DIR
 
 
 class TrackingConfig(Strict):
@@ -200,6 +200,11 @@ def load_run(file: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> R
 def load_data(file: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> DataConfig:
     """Reads one file of the data group. Raises UserError as `load_run` does."""
     return _validate(DataConfig, _merge(_read(Path(file)), _parse(overrides)), Path(file))
+
+
+def load_model(file: Path | str) -> ModelConfig:
+    """Reads one file of the model group, its parts' options unchecked. Raises UserError as `load_run` does."""
+    return _validate(ModelConfig, _read(Path(file)), Path(file))
 
 
 def change(config: Model, **values: Any) -> Model:

@@ -31,8 +31,8 @@ def synthetic(folder, layers):
     """A Llama of fp32 noise, written as it is drawn. Returns its size in MiB."""
     import torch
 
-    from lamella.convert.convert import _linked
     from lamella.convert.family import family
+    from lamella.convert.map import links, places
     from lamella.convert.write import Kind, write_weights
 
     folder.mkdir()
@@ -41,7 +41,8 @@ def synthetic(folder, layers):
     tree |= {"model_type": "llama", "num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(tree))
     kind = family("llama")
-    _, linked = _linked(kind.read(tree, "tree"), kind)
+    model = kind.read(tree, "tree")
+    linked = links(places(model), kind.table, kind.layers(model), kind.name)
     kinds = {link.theirs: Kind(link.their_shape, torch.float32) for link in linked}
     write_weights(folder, kinds, ((n, torch.rand(kind.shape)) for n, kind in kinds.items()), limit=10**8)
     return sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 2**20

@@ -25,10 +25,12 @@ FAMILIES = {
     "mamba2-2.7b": "mamba2",
     "mamba2-nano": "mamba2",
     "nemotron-h-8b": "nemotron_h",
+    "rwkv7-2.9b": "rwkv7",
 }
 REFUSED = {
     "jamba-nano": "d_ff=352 of mlp and 176 of moe; jamba has one for both",
-    "rwkv7-nano": "model.norm=layer",
+    "rwkv7-nano": "layer 0 (time/channel): group_eps=0.00064, and rwkv7's is head_size x norm_eps",
+    "rwkv6-1.6b": "layer 0 (time/channel): group_eps=0.00064, and rwkv6 has one norm_eps=1e-05 for all norms",
     "retnet-nano": "layer 0 (retention/mlp)",
     "switch-nano": "layer 0 (attention/mlp)",
 }

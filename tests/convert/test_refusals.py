@@ -155,7 +155,7 @@ def test_options(theirs, tmp_path, capfd):
         ((theirs, tmp_path / "there", "--to", "lamella"), "is there already"),
         ((tmp_path / "nowhere", tmp_path / "x", "--to", "lamella"), "no such folder"),
         ((theirs, tmp_path / "x", "--to", "lamella", "--dtype", "bf16"), "goes with --to hf"),
-        ((theirs, tmp_path / "x", "--to", "hf"), "no checkpoint there"),
+        ((theirs, tmp_path / "x", "--to", "hf"), "a Hugging Face model; convert it --to lamella"),
         ((theirs, tmp_path / "x", "--to", "hf", "--shard-gigabytes", "0"), "must be above 0"),
     ]:
         assert call("convert", *words) == 2

@@ -26,6 +26,7 @@ OPTIONS = {
     "retention": [
         {"num_heads": 2, "head_dim": 6, "value_head_dim": 8},
         {"num_heads": 2, "variant": "fla"},
+        {"num_heads": 2, "variant": "fla", "gate": False, "norm_weight": False, "group_eps": 0.1},
     ],
     # A group norm over this few channels amplifies rounding where all are small: hence the eps.
     "rwkv6": [

@@ -24,6 +24,9 @@ VARIANTS = {
     "keys of two": {"num_heads": 6, "value_head_dim": 3},
     "fla": {"num_heads": 2, "variant": "fla"},
     "fla, sizes of their own": {"num_heads": 3, "head_dim": 6, "value_head_dim": 5, "variant": "fla"},
+    "fla without a gate": {"num_heads": 2, "variant": "fla", "gate": False},
+    "no weight in the norm": {"num_heads": 2, "variant": "fla", "norm_weight": False},
+    "a weight in the norm": {"num_heads": 2, "norm_weight": True, "gate": False},
 }
 
 
@@ -33,10 +36,10 @@ def make(**options):
 
 
 def projections(config, weights, x):
-    """q, k, v, g by head."""
+    """q, k, v and, where there is one, g by head."""
     heads, keys, values = config.sizes(D_MODEL)
-    cuts = np.cumsum([heads * keys, heads * keys, heads * values])
-    parts = np.split(weights["qkvg.weight"], cuts)
+    cuts = np.cumsum([heads * keys, heads * keys, *([heads * values] if config.gate else [])])
+    parts = np.split(weights["qkvg.weight" if config.gate else "qkv.weight"], cuts)
     return [(x @ w.T).reshape(len(x), heads, -1) for w in parts]
 
 
@@ -53,7 +56,7 @@ def turned(vector, position, variant):
 def retention(config, weights, x, position):
     """One row: the recurrence of arXiv 2307.08621, equation 6, with the sums that its normalisations need."""
     heads, keys, values = config.sizes(D_MODEL)
-    q, k, v, g = projections(config, weights, x)
+    q, k, v, *g = projections(config, weights, x)
     out = np.zeros((len(x), heads, values))
     for h in range(heads):
         gamma = 1 - 2.0 ** (-5 - h)
@@ -68,7 +71,8 @@ def retention(config, weights, x, position):
                 scale = np.sqrt(w)  # the paper's D over the root of its row sum, then scores over max(1, |row sum|)
                 o = o / scale / max(1, abs((np.conj(query) @ z).real / scale))
             o = o / np.sqrt(np.mean(o**2) + EPS)
-            out[t, h] = o * weights.get("norm.weight", 1.0) * g[t, h] / (1 + np.exp(-g[t, h]))
+            gate = g[0][t, h] / (1 + np.exp(-g[0][t, h])) if g else 1.0
+            out[t, h] = o * weights.get("norm.weight", 1.0) * gate
     return out.reshape(len(x), -1) @ weights["out.weight"].T
 
 

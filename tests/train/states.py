@@ -9,9 +9,9 @@ from lamella.train.metrics_file import read_metrics
 from tests.train.workers import held_after_load
 
 
-def whole_state(config, nproc):
+def whole_state(config, nproc, *opened):
     """Masters and moments of the newest checkpoint, assembled from what `nproc` processes hold of them."""
-    outcomes = run_local(nproc, held_after_load, config, timeout=120)
+    outcomes = run_local(nproc, held_after_load, config, *opened, timeout=120)
     assert [o.code for o in outcomes] == [0] * nproc
     whole = {}
     for held, _, _, _ in (o.value for o in outcomes):

@@ -1,5 +1,6 @@
-"""A new run that begins with another one's weights: the same model, or with MLPs made experts."""
+"""A new run that begins with another one's weights: the same model, or with MLPs made experts; or a published one's."""
 
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -8,7 +9,9 @@ import pytest
 import torch
 
 from lamella.checkpoint import series, store
-from lamella.config import change, load_run
+from lamella.config import change, dump, load_run
+from lamella.convert.convert import to_hf, to_lamella
+from lamella.convert.origin import opened
 from lamella.data.manifest import read_manifest
 from lamella.errors import UserError
 from lamella.model.init import generator, initialize
@@ -18,6 +21,9 @@ from lamella.parallel.local import exit_code, run_local
 from lamella.train import loop
 from lamella.train.balance import Balance
 from lamella.train.init_from import fill, find_start
+from lamella.train.restore import load_model
+from tests.commands import call
+from tests.convert.pth_files import seven, weights_of, write
 from tests.corpus import tiny_run
 from tests.nn.building import packed, relative
 from tests.train.states import assert_equal, history, whole_state
@@ -46,7 +52,7 @@ def run_of(corpus, runs, name, layers, init_from=None, parts=None, model=None, *
 
 
 def find(config):
-    return find_start(config, read_manifest(Path(config.data.path)).tokenizer)
+    return find_start(config, read_manifest(Path(config.data.path)).tokenizer, opened)
 
 
 def begun(config):
@@ -186,3 +192,131 @@ def test_killed_and_continued_from_its_own_checkpoint(corpus, tmp_path):
         assert load_run(config.folder / "config.yaml").train.init_from == str(path)
         newest = series.latest(config.folder / "checkpoints")
         assert store.read_values(newest)["config"]["train"]["init_from"] == str(path)
+
+
+LLAMA = ["attention/mlp"] * 2
+LAYERED = {"norm": "layer", "norm_eps": 1e-5, "embedding_norm": True}
+SIX = {"t": {"mixer": "rwkv6", "head_size": 8, "mix_rank": 3, "decay_rank": 5, "group_eps": 1e-5}}
+SIX |= {"c": {"channel": "rwkv", "version": 6, "d_ff": 24}}
+SEVEN = {"t": {"mixer": "rwkv7", "head_size": 8, "decay_rank": 5, "rate_rank": 3, "value_rank": 2, "gate_rank": 6}}
+SEVEN |= {"c": {"channel": "rwkv", "d_ff": 20}}
+
+
+@pytest.fixture(scope="module")
+def published(corpus, tmp_path_factory):
+    """Folders of Hugging Face's, and a file of RWKV's; of each the run that has its model, and its weights here."""
+    home = tmp_path_factory.mktemp("published")
+    path, model = save_untrained(run_of(corpus, home, "llama", LLAMA))
+    to_hf(path, home / "llama-folder")
+    found = {"llama-folder": (LLAMA, {}, {}, model)}
+    path, model = save_untrained(run_of(corpus, home, "six", ["t/c"] * 2, parts=SIX, model=LAYERED))
+    to_hf(path, home / "rwkv6-folder")
+    found["rwkv6-folder"] = (["t/c"] * 2, SIX, LAYERED, model)
+    file = write(home / "rwkv7.pth", weights_of(seven(V=512, layers=2), torch.bfloat16))
+    done = to_lamella(file, home / "seven")
+    again = load_model(done.checkpoint, done.model, torch.float32)
+    found["rwkv7.pth"] = (["t/c"] * 2, SEVEN, LAYERED, again)
+    return home, found
+
+
+WAYS = [
+    ("llama-folder", 1, {}),
+    ("rwkv6-folder", 2, {"tensor": 2}),
+    ("rwkv7.pth", 2, {"pipeline": 2}),
+    pytest.param("llama-folder", 2, {"tensor": 2, "sequence_parallel": True}, marks=pytest.mark.full),
+    pytest.param("llama-folder", 2, {"zero": 3}, marks=pytest.mark.full),
+    pytest.param("rwkv7.pth", 4, {"tensor": 2, "pipeline": 2}, marks=pytest.mark.full),
+    pytest.param("rwkv6-folder", 2, {"zero": 2}, marks=pytest.mark.full),
+]
+
+
+@pytest.mark.parametrize(("name", "nproc", "layout"), WAYS, ids=lambda v: str(v).replace(" ", ""))
+def test_a_published_model_is_read_where_it_lies(name, nproc, layout, corpus, tmp_path, published):
+    """The masters are its weights, in every layout; nothing is written but the run."""
+    home, found = published
+    layers, parts, model, weights = found[name]
+    config = run_of(corpus, tmp_path, "new", layers, f"hf:{home / name}", parts, model, **layout)
+    state, ranks = whole_state(config, nproc, opened)
+    assert [step for _, _, _, step in ranks] == [0] * nproc
+    assert_equal(state, {f"master/{key}": parameter.data.cpu() for key, parameter in weights.named_parameters()})
+    assert [f.name for f in tmp_path.iterdir()] == ["new"]
+
+
+def test_it_trains_as_from_the_checkpoint_and_goes_on_without_the_folder(corpus, tmp_path):
+    """fp32 both times: the same losses, bit for bit."""
+    path, _ = save_untrained(run_of(corpus, tmp_path, "old", LLAMA))
+    to_hf(path, tmp_path / "there")
+    first, second = (
+        run_of(corpus, tmp_path, name, LLAMA, begin)
+        for name, begin in (("first", path), ("second", f"hf:{tmp_path / 'there'}"))
+    )
+    for config in (first, second):
+        assert exit_code(run_local(1, loop.enter, config, opened, timeout=120)) == 0
+    assert history(second) == history(first)
+    shutil.rmtree(tmp_path / "there")
+    longer = change(second, train=second.train.model_dump(mode="json") | {"steps": second.train.steps + 1})
+    assert exit_code(run_local(1, loop.enter, longer, opened, timeout=120)) == 0
+    assert load_run(second.folder / "config.yaml").train.init_from == f"hf:{tmp_path / 'there'}"
+
+
+UNLIKE = {
+    "a width": (LLAMA, mlp(64), {}, ["is a llama with intermediate_size=48, and this run's model has 64"]),
+    "an epsilon": (LLAMA, {}, {"norm_eps": 1e-3}, ["rms_norm_eps=1e-06, and this run's model has 0.001"]),
+    "a vocabulary": (LLAMA, {}, {"vocab_size": 520}, ["vocab_size=512, and this run's model has 520"]),
+    "tied": (LLAMA, {}, {"tie_embeddings": True}, ["tie_word_embeddings=False, and this run's model has True"]),
+    "a layer more": (LLAMA * 2, {}, {}, ["num_hidden_layers=2, and this run's model has 4"]),
+    "experts": (["attention/moe"] * 2, {}, {}, ["is no llama: layer 0 (attention/moe): llama has mlp there"]),
+    "another norm": (LLAMA, {}, {"norm": "layer"}, ["this run's model is no llama: model.norm=layer"]),
+}
+
+
+@pytest.mark.parametrize(("layers", "parts", "model", "said"), UNLIKE.values(), ids=UNLIKE)
+def test_a_model_that_is_not_the_published_one_is_refused_by_its_key(
+    layers, parts, model, said, corpus, tmp_path, published
+):
+    where = f"hf:{published[0] / 'llama-folder'}"
+    with pytest.raises(UserError) as refused:
+        find(run_of(corpus, tmp_path, "new", layers, where, parts, model))
+    line = str(refused.value)
+    assert [text for text in [where, *said] if text not in line] == [] and "\n" not in line
+
+
+def test_what_trains_only_may_differ(corpus, tmp_path, published):
+    where = f"hf:{published[0] / 'llama-folder'}"
+    find(run_of(corpus, tmp_path, "new", LLAMA, where, {}, {"dropout": 0.1, "init_std": 0.5}))
+
+
+def test_wrong_folders(corpus, tmp_path, published):
+    home, _ = published
+    (tmp_path / "empty").mkdir()
+    damaged = shutil.copytree(home / "llama-folder", tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"PK" * 50)
+    for where, text in [
+        (f"hf:{tmp_path / 'nowhere'}", "no such folder"),
+        (f"hf:{tmp_path / 'empty'}", "has no config.json"),
+        (f"hf:{damaged}", "damaged"),
+        (home / "llama-folder", f"write train.init_from=hf:{home / 'llama-folder'}"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(text)) as refused:
+            find(run_of(corpus, tmp_path, "new", LLAMA, where))
+        assert "\n" not in str(refused.value)
+
+
+def test_its_tokenizer_must_be_the_data_s(corpus, tmp_path, published):
+    """Where the folder has one that is known here."""
+    folder = shutil.copytree(published[0] / "llama-folder", tmp_path / "there")
+    config = run_of(corpus, tmp_path, "new", LLAMA, f"hf:{folder}")
+    shutil.copyfile(Path(config.data.path) / "tokenizer.model", folder / "tokenizer.model")
+    assert find(config).origin.tokenizer == read_manifest(Path(config.data.path)).tokenizer
+    with pytest.raises(UserError, match="another tokenizer"):
+        find_start(config, "another", opened)
+
+
+def test_the_command_takes_it(corpus, tmp_path, published, capfd):
+    config = run_of(corpus, tmp_path, "new", LLAMA)
+    file = tmp_path / "run.yaml"
+    dump(config, file)
+    begin = f"train.init_from=hf:{published[0] / 'llama-folder'}"
+    assert call("train", file, "--nproc", 1, "--dry-run", begin) == 0
+    assert call("train", file, "--nproc", 1, "--dry-run", begin, "model.norm_eps=0.5") == 2
+    assert "rms_norm_eps=1e-06, and this run's model has 0.5" in capfd.readouterr().err

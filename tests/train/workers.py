@@ -11,6 +11,7 @@ from lamella.parallel.layout import resolve
 from lamella.parallel.seat import find_seat
 from lamella.train import loop, state
 from lamella.train.folder import open_folder
+from lamella.train.init_from import Saved
 
 
 def train_and_strike(config, rank, step, signum):
@@ -27,13 +28,13 @@ def train_and_strike(config, rank, step, signum):
     loop.enter(config)
 
 
-def held_after_load(config):
+def held_after_load(config, opened=Saved):
     """Loads the newest checkpoint; returns what this process holds of it: (name, whole shape, offset, tensor)."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     seat = find_seat()
     open_folder(config)
     mesh = meshes.join(seat, resolve(config, seat.world), timeout=60)
-    run = loop.Run(config, mesh)
+    run = loop.Run(config, mesh, opened)
     held = [
         (name, tuple(pieces.shape), tuple(offset), view.clone())
         for name, pieces in state.tensors(run.zero).items()

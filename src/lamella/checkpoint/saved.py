@@ -1,4 +1,4 @@
-"""What `torch.save` wrote, read as data: the pickle by `unpickle`, each tensor as a view of the file when it is asked for.
+"""What `torch.save` wrote, read as data: the pickle by `unpickle`, each tensor a view of the file when asked for.
 
 The format: a zip file of uncompressed entries, ROOT/data.pkl and ROOT/data/KEY, one a storage. It may lie within a
 larger file, as in DCP's.
@@ -61,17 +61,17 @@ class Saved:
         if 0 in self.shape:
             return torch.empty(self.shape, dtype=self.dtype)
         storage = self.storage
+        bytes_ = storage.count * storage.dtype.itemsize
+        before = storage.at % mmap.ALLOCATIONGRANULARITY
         try:
-            with storage.file.open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            if storage.at % storage.dtype.itemsize:  # DCP's files align nothing
-                size = storage.count * storage.dtype.itemsize
-                raw = torch.frombuffer(mapped, dtype=torch.uint8, count=size, offset=storage.at)
-                flat = raw.clone().view(storage.dtype)
-            else:
-                flat = torch.frombuffer(mapped, dtype=storage.dtype, count=storage.count, offset=storage.at)
+            with storage.file.open("rb") as file:  # no more than the storage: a whole file may exceed the memory
+                mapped = mmap.mmap(file.fileno(), before + bytes_, access=mmap.ACCESS_COPY, offset=storage.at - before)
+            raw = torch.frombuffer(mapped, dtype=torch.uint8, count=bytes_, offset=before)
         except (OSError, ValueError) as error:
             raise UserError(f"{storage.file}: damaged ({error}); fetch the file again") from None
+        if before % storage.dtype.itemsize:  # DCP's files align nothing
+            raw = raw.clone()
+        flat = raw.view(storage.dtype)
         return flat.as_strided(self.shape, self.stride, self.offset)
 
 

@@ -115,7 +115,9 @@ RECORDS = (
     "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata",
     "megatron.core.dist_checkpointing.strategies.torch.MCoreSavePlan",
     "megatron.core.enums.ModelType",
-    *(f"megatron.core.transformer.enums.{name}" for name in ("AttnBackend", "AttnMaskType", "CudaGraphScope")),
+    *(f"megatron.core.transformer.enums.{name}" for name in ("AttnBackend", "AttnMaskType")),
+    *(f"megatron.core.transformer.enums.{name}" for name in ("CudaGraphScope", "LayerType")),
+    "megatron.core.transformer.pipeline_parallel_layer_layout.PipelineParallelLayerLayout",
     *(f"megatron.core.rerun_state_machine.Rerun{name}" for name in ("Diagnostic", "Mode", "State")),
     "signal.Signals",
     # What DeepSpeed leaves in a universal folder.
@@ -144,6 +146,9 @@ def read_pickle(raw: bytes, where: str, more: dict[str, Any] | None = None, refe
 
 
 class _Reader(pickle._Unpickler):  # type: ignore[name-defined]  # the C one cannot be told which opcodes to take
+    stack: list[Any]
+    append: Callable[[Any], None]
+
     def __init__(self, file: io.BytesIO, known: dict[str, Any], refer: Callable[..., Any] | None, where: str):
         super().__init__(file)
         self.known, self.refer, self.where = known, refer, where
@@ -181,8 +186,8 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined]  # the C one can
                 raise pickle.UnpicklingError("attributes that are no mapping")
 
     _plain = (
-        "PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT "
-        "BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE "
+        "PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 "
+        "FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE "
         "SHORT_BINUNICODE BINUNICODE8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT "
         "DICT SETITEM SETITEMS EMPTY_SET ADDITEMS FROZENSET GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE "
         "GLOBAL STACK_GLOBAL BINPERSID"

@@ -21,15 +21,16 @@ def train(
     from lamella.config import load_run
 
     config = load_run(run, overrides or [])
+    from lamella.convert.origin import opened
     from lamella.parallel import local
     from lamella.parallel.seat import find_seat
     from lamella.train import check, loop
 
     if nproc is None and not dry_run:
-        local.end(loop.train(config))
+        local.end(loop.train(config, opened))
 
     world = nproc or find_seat().world
-    print(check.describe(config, check.check(config, world)), flush=True)
+    print(check.describe(config, check.check(config, world, opened)), flush=True)
     if dry_run:
         raise typer.Exit(0)
-    raise typer.Exit(local.exit_code(local.run_local(world, loop.enter, config, forward_signals=True)))
+    raise typer.Exit(local.exit_code(local.run_local(world, loop.enter, config, opened, forward_signals=True)))

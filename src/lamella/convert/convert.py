@@ -2,24 +2,20 @@
 
 import dataclasses
 import math
-import re
-import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lamella.checkpoint import manifest
 from lamella.config import ModelConfig, dump
 from lamella.convert import extras
-from lamella.convert.family import Family, Tree, family, family_for, family_of
-from lamella.convert.map import Link, links, overlap, places
+from lamella.convert.family import Family, Tree, family, family_for
+from lamella.convert.map import Link, links, places
 from lamella.convert.ours import Checkpoint, Kept, Produced, run_of, save
-from lamella.convert.read import CONFIG, Weights, read_config
+from lamella.convert.publish import published
+from lamella.convert.read import CONFIG
+from lamella.convert.theirs import ends, open_theirs, read_block
 from lamella.convert.write import SHARD_BYTES, Kind, Kinds, write_binary, write_json, write_weights
 from lamella.errors import UserError
 from lamella.train.find import find_checkpoint
@@ -48,34 +44,28 @@ class Converted:
 
 
 def to_lamella(source: Path, target: Path) -> Converted:
-    """Makes `target`, a folder like a run's, with the checkpoint of step 0.
+    """Makes `target`, a folder like a run's, with the checkpoint of step 0. `source`: a folder, or RWKV's .pth.
 
     Raises UserError: nothing to read there, damaged, a configuration that no stack here has, a tensor without a place
     or a place without a tensor, a target that is there already or that the disk does not take.
     """
-    tree = read_config(source)
-    where = f"{source / CONFIG}"
-    kind = family_of(tree, where)
-    model = kind.read(tree, where)
-    found, linked = _linked(model, kind)
-    weights = Weights(source)
-    _match(weights, linked, kind, model)
+    theirs = open_theirs(source)
+    kind, tree, model, weights = theirs.family, theirs.tree, theirs.model, theirs.weights
+    found, linked = places(model), theirs.links
     dtypes = {link.theirs: weights.dtype(link.theirs) for link in linked}
     sizes: Counter[torch.dtype] = Counter()
     for link in linked:
         sizes[dtypes[link.theirs]] += math.prod(link.size)
     dtype = sizes.most_common(1)[0][0]
     others = {name: WORDS[other] for name, other in dtypes.items() if other != dtype}
-    by_name: dict[str, list[Link]] = {}
-    for link in linked:
-        by_name.setdefault(link.ours, []).append(link)
+    by_name = theirs.by_name
 
     def produce(name: str) -> Any:
-        return lambda offset, size: _block(weights, by_name[name], offset, size)
+        return lambda offset, size: read_block(weights, by_name[name], offset, size)
 
     longest = tree.get("max_position_embeddings")
     run = run_of(model, target, min(longest, LONGEST) if isinstance(longest, int) and longest > 0 else LONGEST, dtype)
-    with _published(target) as folder:
+    with published(target) as folder:
         tokenizer = extras.take_in(source, folder)
         held = {name: Produced(place, produce(name)) for name, place in found.items()}
         path = save(folder, held, run, tokenizer, Kept(kind.name, tree, WORDS[dtype], others))
@@ -97,20 +87,23 @@ def to_hf(
     model, kept = ours.run.model, ours.kept
     length = ours.run.train.sequence_length
     kind = family(name) if name else family_for(model, length, kept.family if kept else None)
-    tree = kind.write(model, length)
-    found, linked = _linked(model, kind)
+    if kind.one_way:
+        raise UserError(f"--family {kind.name}: is read, never written; name another, or none for the one that fits")
+    tree, came = kind.write(model, length), _came(model, kind, kept)
+    found = places(model)
+    linked = links(found, kind.rows(came or tree), kind.layers(model), kind.name)
     ours.check_names(found)
     kinds = _kinds(linked, DTYPES.get(dtype or ""), kept, kind)
     to = max(kinds.values(), key=lambda one: one.bytes).dtype
     linked.sort(key=lambda link: -kinds[link.theirs].dtype.itemsize)
-    with _published(target) as folder:
+    with published(target) as folder:
         if kind.claims is None:
             tokenizer = tokenizer_file(path, ours.values, find_data(path, ours.values, ours.run))
             tree = _common(model, kind) | extras.give_out(path.absolute().parent.parent, tokenizer, folder) | tree
-        write_json(folder / CONFIG, _config(tree, model, kind, kept, WORDS[to]))
+        write_json(folder / CONFIG, _config(tree, came, kind, WORDS[to]))
         tensors = ours.theirs(linked, found, kinds)
         if kind.binary:
-            head, embedding = (link.theirs for link in _ends(kind, model))
+            head, embedding = ends(kind, model)
             twins = {head: embedding} if model.tie_embeddings else {}
             write_binary(folder, kinds, tensors, twins)
         else:
@@ -120,54 +113,15 @@ def to_hf(
     return Converted(kind, model, path, target, to, rounded, notes)
 
 
-def _linked(model: ModelConfig, kind: Family) -> tuple[dict[str, Any], list[Link]]:
-    found = places(model)
-    return found, links(found, kind.table, kind.layers(model), kind.name)
-
-
-def _match(weights: Weights, linked: list[Link], kind: Family, model: ModelConfig) -> None:
-    """Every tensor of theirs has one place here, of its shape. Raises UserError for the first that has not."""
-    wanted = {link.theirs: link for link in linked}
-    for name, link in wanted.items():
-        entry = weights.tensors.get(name)
-        if entry is None:
-            raise UserError(f"{weights.folder}: lacks {name}, which a {kind.name} of its {CONFIG} has")
-        if entry.shape != link.their_shape:
-            shapes = f"is {list(entry.shape)}, by {CONFIG} it must be {list(link.their_shape)}"
-            raise UserError(f"{entry.file}: {name} {shapes}")
-        if isinstance(entry.dtype, str):
-            raise UserError(f"{entry.file}: {name} is stored as {entry.dtype}; convert weights of fp32, bf16 or fp16")
-    for name in sorted(weights.tensors.keys() - wanted.keys()):
-        if re.fullmatch(kind.extra, name):
-            continue
-        head, embedding = (link.theirs for link in _ends(kind, model))
-        if model.tie_embeddings and name == head:
-            if torch.equal(weights.read(head), weights.read(embedding)):
-                continue
-            raise UserError(f"{weights.folder}: {head} differs from {embedding}, and {CONFIG} says they are tied")
-        raise UserError(f"{weights.folder}: {name} has no place in a {kind.name} of its {CONFIG}")
-
-
-def _ends(kind: Family, model: ModelConfig) -> list[Link]:
-    place = places(model)["embedding.weight"]
-    return links({"head.weight": place, "embedding.weight": place}, kind.table, (), kind.name)
-
-
-def _block(weights: Weights, linked: list[Link], offset: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
-    """A box of one of our tensors, fp32, out of the tensors of theirs that it lies in."""
-    block = torch.empty(size)
-    for link in linked:
-        common = overlap(link, offset, size)
-        if common is not None:
-            inside, here = common
-            block[here] = link.to_ours(weights.read(link.theirs, link.their_slices(inside))).float()
-    return block
-
-
-def _config(made: Tree, model: ModelConfig, kind: Family, kept: Kept | None, dtype: str) -> Tree:
-    """config.json: the one that the model came with, where it says this model and these weights; else the one made."""
+def _came(model: ModelConfig, kind: Family, kept: Kept | None) -> Tree | None:
+    """The config.json that the model came with, where it says this model."""
     came = kept is not None and kept.family == kind.name and kind.read(kept.config, kept.family) == model
-    tree = {k: v for k, v in (kept.config if kept and came else made).items() if k != "transformers_version"}
+    return kept.config if kept and came else None
+
+
+def _config(made: Tree, came: Tree | None, kind: Family, dtype: str) -> Tree:
+    """config.json: the one that the model came with, where it says these weights; else the one made."""
+    tree = {k: v for k, v in (came or made).items() if k != "transformers_version"}
     said = tree.get("dtype", tree.get("torch_dtype"))
     if kind.claims is not None or (came and (said is None or said == dtype)):
         return tree
@@ -193,26 +147,3 @@ def _kinds(linked: list[Link], dtype: torch.dtype | None, kept: Kept | None, kin
         usual, others = torch.float32, {}
     kinds = {link.theirs: Kind(link.their_shape, others.get(link.theirs, usual)) for link in linked}
     return dict(sorted(kinds.items(), key=lambda item: -item[1].dtype.itemsize))
-
-
-@contextmanager
-def _published(target: Path) -> Iterator[Path]:
-    """A folder to write in, which gets its name when all is written, and goes when something fails."""
-    if target.exists() or target.is_symlink():
-        raise UserError(f"{target}: is there already; name a new folder")
-    folder = target.with_name(target.name + ".tmp")
-    try:
-        if folder.exists():  # of a conversion that was killed
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-        yield folder
-        for path in (*folder.rglob("*"), folder):
-            manifest.sync(path)
-        folder.rename(target)
-        manifest.sync(target.parent)
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise UserError(f"{target}: cannot be written ({error.strerror or error})") from None
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise

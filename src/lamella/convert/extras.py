@@ -30,15 +30,21 @@ def take_in(source: Path, target: Path) -> str | None:
         (target / KEPT).mkdir()
     for file in found:
         shutil.copyfile(file, target / KEPT / file.name)
-    if not (target / KEPT / MODEL).is_file():
+    digest = fingerprint(target / KEPT)
+    if digest is not None:
+        shutil.copyfile(target / KEPT / MODEL, target / MODEL)
+    return digest
+
+
+def fingerprint(folder: Path) -> str | None:
+    """The digest of the sentencepiece model there, if we can use it."""
+    file = folder / MODEL
+    if not file.is_file():
         return None
-    raw = (target / KEPT / MODEL).read_bytes()
     try:
-        tokenizer = Tokenizer(raw, str(source / MODEL))
+        return Tokenizer(file.read_bytes(), str(file)).fingerprint
     except UserError:  # tiktoken's, or one without an end piece
         return None
-    (target / MODEL).write_bytes(raw)
-    return tokenizer.fingerprint
 
 
 def give_out(run_folder: Path, tokenizer: Path | None, target: Path) -> dict[str, Any]:

@@ -8,15 +8,15 @@ import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import lamella.convert.families
-from lamella.channels import mlp, moe
+from lamella.channels import mlp, moe, rwkv
 from lamella.channels.base import ChannelConfig
 from lamella.config import ModelConfig, Strict, check_options
 from lamella.convert.map import Table
 from lamella.errors import UserError
-from lamella.mixers import attention, mamba, mamba2
+from lamella.mixers import attention, mamba, mamba2, retention, rwkv6, rwkv7
 from lamella.mixers.base import MixerConfig
 from lamella.model.stack import LayerPlan, plan_layers
 
@@ -41,6 +41,10 @@ KINDS = {
     attention.Config: "attention",
     mamba.Config: "mamba",
     mamba2.Config: "mamba2",
+    retention.Config: "retention",
+    rwkv6.Config: "rwkv6",
+    rwkv7.Config: "rwkv7",
+    rwkv.Config: "rwkv",
     mlp.Config: "mlp",
     moe.Config: "moe",
     NOTHING: "-",
@@ -48,11 +52,13 @@ KINDS = {
 
 
 class Misfit(UserError):
-    """A stack that a family does not have; `layer` is the first such layer's number, -1 where it is the whole."""
+    """A stack that a family does not have; `layer` is the first such layer's number, -1 where it is the whole. `near`:
+    the family has parts of these kinds there, with other options.
+    """
 
-    def __init__(self, layer: int, message: str):
+    def __init__(self, layer: int, message: str, near: bool = True):
         super().__init__(message)
-        self.layer = layer
+        self.layer, self.near = layer, near
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +68,8 @@ class Family:
     `unlike`: keys of config.json that transformers takes for what they are not, and their values for a comparison;
     `extra`: tensors of theirs that say nothing, as a regular expression. `claims`: whether a config.json without a
     model_type is the family's; transformers does not read such a folder. `binary`: one file, by `torch.save`.
+    `norm` and `embedding_norms`: which of ours it has. `runs_in`: the package that computes such a model. `one_way`: it
+    is read, never written. `variant(config.json)`: the rows whose names depend on it.
     """
 
     name: str  # config.json's model_type
@@ -74,9 +82,18 @@ class Family:
     extra: str = r"(?!)"
     binary: bool = False
     unlike: Tree = dataclasses.field(default_factory=dict)
+    norm: Literal["rms", "layer"] = "rms"
+    embedding_norms: tuple[bool, ...] = (False,)
+    runs_in: Literal["transformers", "fla"] = "transformers"
+    one_way: bool = False
+    variant: Callable[[Tree], Table] | None = None
 
     def layers(self, model: ModelConfig) -> Sequence[Mapping[str, int]]:
         return [{}] * len(plan_layers(model)) if self.numbers is None else self.numbers(model)
+
+    def rows(self, tree: Tree) -> Table:
+        """The table, as a config.json has it."""
+        return self.table if self.variant is None else {**self.table, **self.variant(tree)}
 
     def read(self, tree: Tree, where: str) -> ModelConfig:
         """config.json -> ours. Raises UserError."""
@@ -86,7 +103,7 @@ class Family:
 
     def write(self, model: ModelConfig, length: int) -> Tree:
         """Ours -> config.json, less what every family has. Raises Misfit."""
-        return self.to_theirs(Stack(model, self.name, length))
+        return self.to_theirs(Stack(model, self, length))
 
 
 class Keys:
@@ -130,12 +147,12 @@ class Keys:
 class Stack:
     """One of our models, asked whether a family has it."""
 
-    def __init__(self, model: ModelConfig, family: str, length: int):
-        self.model, self.family, self.length = model, family, length
+    def __init__(self, model: ModelConfig, family: Family, length: int):
+        self.model, self.family, self.length = model, family.name, length
         self.plans = plan_layers(model)
-        for key, value in (("norm", "rms"), ("embedding_norm", False)):
-            if getattr(model, key) != value:
-                raise Misfit(-1, f"model.{key}={getattr(model, key)}: {family} has {key}={value} alone")
+        for key, values in (("norm", (family.norm,)), ("embedding_norm", family.embedding_norms)):
+            if getattr(model, key) not in values:
+                raise Misfit(-1, f"model.{key}={getattr(model, key)}: {self.family} has {key}={values[0]} alone")
 
     def parts(self, mixers: Mapping[type, Tree], channels: Mapping[type, Tree]) -> dict[type, Any]:
         """The one configuration of each kind of part, where every layer has one of these kinds with these options."""
@@ -145,7 +162,7 @@ class Stack:
                 kind = type(part)
                 if kind not in kinds:
                     there = " or ".join(KINDS[k] for k in kinds)
-                    raise self.misfit(plan, f"{self.family} has {there} there, not {_kind(part)}")
+                    raise self.misfit(plan, f"{self.family} has {there} there, not {_kind(part)}", near=False)
                 if part is None:
                     continue
                 for key, value in kinds[kind].items():
@@ -158,8 +175,8 @@ class Stack:
                     raise self.misfit(plan, f"{values}; {self.family} has one {KINDS[kind]} for all layers")
         return {kind: part for kind, (_, part) in found.items()}
 
-    def misfit(self, plan: LayerPlan, reason: str) -> Misfit:
-        return Misfit(plan.index, f"layer {plan.index} ({plan.name}): {reason}")
+    def misfit(self, plan: LayerPlan, reason: str, near: bool = True) -> Misfit:
+        return Misfit(plan.index, f"layer {plan.index} ({plan.name}): {reason}", near)
 
     def first(self, kind: type) -> LayerPlan:
         return next(plan for plan in self.plans if isinstance(plan.mixer, kind) or isinstance(plan.channel, kind))
@@ -205,7 +222,7 @@ def family_for(model: ModelConfig, length: int, first: str | None) -> Family:
             return one
         except Misfit as error:
             misfits.append(error)
-    raise max(misfits, key=lambda error: error.layer)
+    raise max(misfits, key=lambda error: (error.layer, error.near))
 
 
 def stack_of(words: list[str]) -> list[Tree]:

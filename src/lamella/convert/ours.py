@@ -8,6 +8,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +54,16 @@ class Checkpoint:
         if left:
             raise UserError(f"{self.path}: {min(left)} has no place in its own model; it is of another version")
 
-    def theirs(self, links: list[Link], places: dict[str, Place], kinds: Kinds) -> Iterator[tuple[str, Tensor]]:
-        """Their tensors, in the links' order. Raises UserError."""
+    def theirs(
+        self, links: list[Link], places: dict[str, Place], kinds: Kinds, state: str = "master"
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Their tensors, in the order of their first links; `state`: or their moments. Raises UserError."""
         for batch in _batches(links):
-            blocks = [torch.empty(link.size) for link in batch]
-            wanted: dict[str, list[tuple[tuple[int, ...], Tensor]]] = {}
-            for link, block in zip(batch, blocks, strict=True):
-                wanted.setdefault(link.ours, []).append((link.offset, block))
-            held = {f"master/{name}": Pieces(places[name].shape, torch.float32, at) for name, at in wanted.items()}
-            store.load(self.path, held, partial=True, verified=True)
-            del held, wanted
+            blocks = [[torch.empty(link.size) for link in group] for group in batch]
+            store.load(self.path, _wanted(batch, blocks, places, state), partial=True, verified=True)
             while blocks:
-                link = batch[-len(blocks)]
-                yield link.theirs, link.to_theirs(blocks.pop(0).to(kinds[link.theirs].dtype))
+                group = batch[-len(blocks)]
+                yield group[0].theirs, _assembled(group, blocks.pop(0), kinds[group[0].theirs].dtype)
 
 
 class Produced(Pieces):
@@ -125,15 +123,39 @@ def run_of(model: ModelConfig, target: Path, length: int, dtype: torch.dtype) ->
     )
 
 
-def _batches(links: list[Link]) -> Iterator[list[Link]]:
-    batch: list[Link] = []
-    filled = 0
+def _wanted(
+    batch: list[list[Link]], blocks: list[list[Tensor]], places: dict[str, Place], state: str
+) -> dict[str, Pieces]:
+    """The blocks of the links, as pieces of our masters or of another state."""
+    found: dict[str, list[tuple[tuple[int, ...], Tensor]]] = {}
+    for link, block in zip(chain(*batch), chain(*blocks), strict=True):
+        found.setdefault(link.ours, []).append((link.offset, block))
+    return {f"{state}/{name}": Pieces(places[name].shape, torch.float32, held) for name, held in found.items()}
+
+
+def _assembled(group: list[Link], blocks: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Their tensor, of the blocks that are its shares."""
+    if len(group) == 1:
+        return group[0].to_theirs(blocks.pop().to(dtype))
+    whole = torch.empty(group[0].their_shape, dtype=dtype)
+    for link in group:
+        whole[link.their_slices()] = link.to_theirs(blocks.pop(0))
+    return whole
+
+
+def _batches(links: list[Link]) -> Iterator[list[list[Link]]]:
+    """Groups of links, each the shares of one tensor of theirs, as many together as are read at once."""
+    groups: dict[str, list[Link]] = {}
     for link in links:
-        size = 4 * math.prod(link.size)
+        groups.setdefault(link.theirs, []).append(link)
+    batch: list[list[Link]] = []
+    filled = 0
+    for group in groups.values():
+        size = sum(4 * math.prod(link.size) for link in group)
         if batch and filled + size > BATCH_BYTES:
             yield batch
             batch, filled = [], 0
-        batch.append(link)
+        batch.append(group)
         filled += size
     if batch:
         yield batch

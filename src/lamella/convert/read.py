@@ -1,11 +1,14 @@
 """A folder of Hugging Face's: `config.json` and the weights, in slices, one file open at a time.
 
-Weights are safetensors, whole or in shards with an index, or what `torch.save` wrote (`pytorch_model.bin`), of which
-tensors alone are read (`weights_only`).
+Weights are safetensors, whole or in shards with an index, or what `torch.save` wrote (`pytorch_model.bin`, or a .pth
+that is given by its name), of which tensors alone are read (`weights_only`).
 """
 
 import dataclasses
 import json
+import re
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +23,7 @@ from lamella.errors import UserError
 
 CONFIG = "config.json"
 SAFE, BINARY = "model.safetensors", "pytorch_model.bin"
+SAVED = (".bin", ".pth")  # by torch.save
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -47,7 +51,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 class Weights:
-    """`tensors`: what there is, by name. Raises UserError: no weights, a damaged or missing file."""
+    """`tensors`: what there is, by name. `folder` may be a .pth. Raises UserError: no weights, a damaged file, or one
+    that is missing.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -71,7 +77,7 @@ class Weights:
         entry = self.tensors[name]
         box = slices or tuple(slice(0, n) for n in entry.shape)
         with _damage(entry.file):
-            if entry.file.suffix == ".bin":
+            if entry.file.suffix in SAVED:
                 return _load(entry.file)[name][box].clone()
             with safe_open(entry.file, framework="pt") as file:  # closed, its pages leave the memory
                 return file.get_slice(name)[box].clone() if box else file.get_tensor(name).clone()
@@ -79,6 +85,8 @@ class Weights:
 
 def _files(folder: Path) -> list[tuple[Path, set[str] | None]]:
     """The files of weights, with the names that an index lists for each."""
+    if folder.is_file():
+        return [(folder, None)]
     for whole in (folder / SAFE, folder / BINARY):
         index = whole.with_name(whole.name + ".index.json")
         if index.is_file():
@@ -104,7 +112,8 @@ def _index(index: Path) -> dict[str, set[str]]:
 
 def _entries(file: Path) -> Iterator[tuple[str, Entry]]:
     with _damage(file):
-        if file.suffix == ".bin":
+        if file.suffix in SAVED:
+            _compare_sums(file)
             for name, tensor in _load(file).items():
                 kind = next((word for word, dtype in FLOATS.items() if dtype == tensor.dtype), str(tensor.dtype))
                 yield name, Entry(file, tuple(tensor.shape), FLOATS.get(kind, kind))
@@ -118,9 +127,18 @@ def _entries(file: Path) -> Iterator[tuple[str, Entry]]:
 
 def _load(file: Path) -> dict[str, Tensor]:
     loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
+    if not isinstance(loaded, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in loaded.items()):
         raise ValueError("no mapping of names to tensors")
     return loaded
+
+
+def _compare_sums(file: Path) -> None:
+    """What torch.save writes is a zip archive, whose checksums torch.load does not look at."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            wrong = archive.testzip()
+        if wrong is not None:
+            raise ValueError(f"{wrong} inside it differs from its checksum; fetch the file again")
 
 
 @contextmanager
@@ -134,9 +152,12 @@ def _damage(file: Path) -> Iterator[None]:
         raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
     except UserError:
         raise
-    except (SafetensorError, RuntimeError, ValueError, KeyError, EOFError) as error:
+    except (SafetensorError, RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{file}: damaged or no weights ({' '.join(str(error).split())[:120]})") from None
     except Exception as error:  # torch.load tells a foreign pickle by an error of pickle's
         if type(error).__module__ not in ("_pickle", "pickle"):
             raise
-        raise UserError(f"{file}: holds more than tensors, which is never loaded; save it as safetensors") from None
+        found = re.search(r"(?:GLOBAL|class|function) (\S+)", str(error))
+        what = f" ({found[1]})" if found else ""
+        said = f"holds more than tensors, which is never loaded{what}"
+        raise UserError(f"{file}: {said}; save it as safetensors") from None

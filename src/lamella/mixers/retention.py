@@ -11,7 +11,8 @@ not at all, and its releases since November 2023 by the sum of absolute scores: 
 for its epsilon.
 
 `variant: fla` is flash-linear-attention's layer: rotary positions as in attention (halves, theta 10000), no divisor,
-RMS_h with one weight for all heads, the model's initial values in place of RetNet's.
+RMS_h with one weight for all heads, the model's initial values in place of RetNet's. It has `gate: false`, which is
+y_t = W_o RMS_h(o_t), and `norm_weight`, whether RMS_h has a weight; so have both variants here.
 
 B batch, T time, D model width, H heads (split over the tensor group), K size of a query and key, V of a value.
 """
@@ -45,6 +46,8 @@ class Config(MixerConfig):
     value_head_dim: Positive | None = None  # None: 2 head_dim
     group_eps: Annotated[float, Field(gt=0)] | None = None  # of the norm of heads; None: norm_eps
     variant: Literal["retnet", "fla"] = "retnet"  # fla: plain rotary, weights in the norm, scores as they are
+    norm_weight: bool | None = None  # in the norm of heads; None: as the variant has it
+    gate: bool = True  # the normed heads times swish(W_g x)
 
     def sizes(self, d_model: int) -> tuple[int, int, int]:
         """H, K, V. Raises UserError where they do not divide."""
@@ -64,7 +67,8 @@ class Config(MixerConfig):
         heads, keys, values = self.sizes(d_model)
         # gamma S, k v, their sum, q S: 5 a number of S; gamma z and its sum, q z: 4 a key.
         scan = heads * (5 * keys * values + (4 * keys if self.variant == "retnet" else 0))
-        return Flops(matmul=2 * length * d_model * heads * (2 * keys + 3 * values), scan=length * scan)
+        weights = d_model * heads * (2 * keys + (3 if self.gate else 2) * values)
+        return Flops(matmul=2 * length * weights, scan=length * scan)
 
     def shrink(self, tensor: int) -> "Config":
         # The norm blows up the rounding of outputs that nearly cancel, up to its epsilon.
@@ -79,21 +83,26 @@ class Retention(Mixer):
             raise UserError(f"retention: num_heads={heads} cannot be split over tensor={shard.size}; choose a divisor")
         self.shard, self.keys, self.values = shard, keys, values
         self.eps = config.group_eps or norm_eps
-        segments = heads * keys, heads * keys, heads * values, heads * values
-        published = config.variant == "retnet"
-        self.qkvg = Column(shard, d_model, segments, init=_xavier(segments, d_model) if published else None)
-        self.norm = None if published else RMSNorm(shard, values, self.eps, "branch")
+        segments = (heads * keys, heads * keys, *[heads * values] * (2 if config.gate else 1))
+        self.published = published = config.variant == "retnet"
+        inputs = Column(shard, d_model, segments, init=_xavier(segments, d_model) if published else None)
+        self.qkvg, self.qkv = (inputs, None) if config.gate else (None, inputs)
+        weighted = not published if config.norm_weight is None else config.norm_weight
+        self.norm = RMSNorm(shard, values, self.eps, "branch") if weighted else None
         bound = 0.5 * math.sqrt(6 / (heads * values + d_model))
         self.out = Row(shard, heads * values, d_model, init=uniform(bound) if published else None)
 
     def forward(self, x_BTD: Tensor, rows: Rows, state: State | None = None) -> Tensor:
-        return self.out(rows.core(self._retain, *self.qkvg(x_BTD), rows, state))
+        inputs = self.qkvg or self.qkv
+        assert inputs is not None
+        return self.out(rows.core(self._retain, rows, state, *inputs(x_BTD)))
 
-    def _retain(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, rows: Rows, state: State | None) -> Tensor:
+    def _retain(
+        self, rows: Rows, state: State | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None
+    ) -> Tensor:
         q, k = (wide(t).unflatten(-1, (-1, self.keys)) for t in (q, k))
         v = v.unflatten(-1, (-1, self.values))
-        published = self.norm is None
-        if published:
+        if self.published:
             cos, sin = _angles(rows.position_BT, self.keys)
             turn = _turn
         else:
@@ -104,14 +113,14 @@ class Retention(Mixer):
         log_H = log_decays(self.shard.rank, q.shape[2], q.device)
         past = Past(state["kv"], state.get("keys"), state.get("weight")) if state else None
         if past is not None and q.shape[1] == 1:
-            y, after = _step(q[:, 0], k[:, 0], wide(v[:, 0]), log_H, rows.reset_BT, past, published)
+            y, after = _step(q[:, 0], k[:, 0], wide(v[:, 0]), log_H, rows.reset_BT, past, self.published)
         else:
             found = linear_attention(
                 q,
                 k,
                 v,
                 log_H,
-                normalize=published,
+                normalize=self.published,
                 reset_BT=rows.reset_BT,
                 initial_state=past,
                 return_state=state is not None,
@@ -120,7 +129,8 @@ class Retention(Mixer):
         if state is not None:
             state.update((n, t) for n, t in zip(("kv", "keys", "weight"), after, strict=True) if t is not None)
         y = F.rms_norm(y, (self.values,), None, self.eps) if self.norm is None else self.norm(y)
-        return (F.silu(wide(g)) * y.flatten(2)).to(g.dtype)
+        y = y.flatten(2) if g is None else F.silu(wide(g)) * y.flatten(2)
+        return y.to(v.dtype)
 
 
 def log_decays(rank: int, heads: int, device: torch.device) -> Tensor:

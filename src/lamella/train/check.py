@@ -7,11 +7,11 @@ from lamella.errors import UserError
 from lamella.model.count import count
 from lamella.parallel.layout import Layout, resolve
 from lamella.train.folder import open_folder
-from lamella.train.init_from import find_start
+from lamella.train.init_from import Open, Saved, find_start
 from lamella.train.saving import mirror_of
 
 
-def check(run: RunConfig, world: int) -> Layout:
+def check(run: RunConfig, world: int, opened: Open = Saved) -> Layout:
     """Layout, model, data, tokenizer and folder, against each other. Raises UserError for the first that fails."""
     layout = resolve(run, world)
     train = run.train
@@ -27,7 +27,7 @@ def check(run: RunConfig, world: int) -> Layout:
         )
     mirror = mirror_of(run)
     if series.latest(run.folder / "checkpoints") is None and not (mirror is not None and mirror.steps()):
-        find_start(run, data.tokenizer.fingerprint)
+        find_start(run, data.tokenizer.fingerprint, opened)
     open_folder(run)
     return layout
 

@@ -129,11 +129,12 @@ def evaluate(
     Raises UserError: no such task, a file that is none, data that are not there.
     """
     names, folders = _tasks(tasks)
+    found: Any
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         found = simple_evaluate(
             HarnessModel(restored, batch),
-            tasks=names,
+            tasks=[*names],
             num_fewshot=shots,
             limit=examples,
             task_manager=TaskManager(include_path=folders or None),
@@ -149,9 +150,10 @@ def evaluate(
     return found["results"]
 
 
-def _tasks(words: list[str]) -> tuple[list[str], list[str]]:
+def _tasks(words: list[str]) -> tuple[list[str], list[str | Path]]:
     """Names for the harness, and the folders of the user's files."""
-    names, folders = [], []
+    names: list[str] = []
+    folders: list[str | Path] = []
     for word in words:
         file = Path(word)
         if file.suffix not in (".yaml", ".yml"):

@@ -1,4 +1,5 @@
-"""The weights that a new run begins with where `train.init_from` names another run's checkpoint.
+"""The weights that a new run begins with where `train.init_from` names another run's checkpoint, or something else that
+has an `Origin`: what that may be is decided above, where a run is started.
 
 Every tensor of the new model is one of the checkpoint, by name and shape, or stands where a dense layer becomes a
 mixture of experts (sparse upcycling: Komatsuzaki et al. 2022, arXiv 2212.05055): each expert begins as a copy of the
@@ -7,6 +8,8 @@ biases of routers that are taken too: optimizer, step and data begin anew.
 """
 
 import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,32 +31,73 @@ from lamella.train.restore import read_run
 CURE = "take the model that it holds, or that one with an mlp made a moe"
 
 
+class Origin(ABC):
+    """Weights of a model by the names of its parameters. `path` finds it again; `tokenizer`: its digest, if known;
+    `routers`: what each kept.
+    """
+
+    path: str
+    model: ModelConfig
+    tokenizer: str | None
+    routers: dict[str, Any]
+
+    @abstractmethod
+    def fit(self, model: ModelConfig, length: int) -> None:
+        """Raises UserError where it can be told without tensors that `model`, of rows of `length`, cannot begin so."""
+
+    @abstractmethod
+    def read(self, wanted: dict[str, Pieces]) -> None:
+        """Into the views of each parameter, fp32; all processes together. Raises UserError, on all the same."""
+
+
+Open = Callable[[str], Origin]
+
+
+class Saved(Origin):
+    """A checkpoint, or the newest of a run's folder. Raises UserError, on all processes: none there; another version's.
+    """
+
+    def __init__(self, name: str):
+        where = Path(name)
+        self.checkpoint = store.together(lambda: find_checkpoint(where), where)[0]  # it may not be the newest for long
+        values, run = read_run(self.checkpoint)
+        self.path, self.model = str(self.checkpoint), run.model
+        self.tokenizer, self.routers = values.get("tokenizer"), values.get("routers", {})
+
+    def fit(self, model: ModelConfig, length: int) -> None:
+        pass  # options that have no tensor may change
+
+    def read(self, wanted: dict[str, Pieces]) -> None:
+        store.load(self.checkpoint, {f"master/{name}": pieces for name, pieces in wanted.items()}, partial=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class Start:
     """`sources`: parameter -> the tensor it begins as; one of another name is the MLP that every expert copies. What is
-    not there keeps its own initial value. `routers`: what those routers kept that the checkpoint has.
+    not there keeps its own initial value. `routers`: what those routers kept that the origin has.
     """
 
-    path: Path
+    origin: Origin
     sources: dict[str, str]
     routers: dict[str, Any]
 
 
-def find_start(run: RunConfig, tokenizer: str) -> Start | None:
-    """What `run` begins with, if `train.init_from` says; all processes together. `tokenizer`: the digest of the data's.
+def find_start(run: RunConfig, tokenizer: str, opened: Open = Saved) -> Start | None:
+    """What `run` begins with, if `train.init_from` says; all processes together. `tokenizer`: the digest of the data's,
+    `opened`: what a name means.
 
-    Raises UserError: no checkpoint there, one of another tokenizer, or of a model that this one cannot begin as.
+    Raises UserError: nothing there, of another tokenizer, or of a model that this one cannot begin as.
     """
     if run.train.init_from is None:
         return None
-    where = Path(run.train.init_from)
-    path = store.together(lambda: find_checkpoint(where), where)[0]  # the newest one may be another a moment later
-    values, old = read_run(path)
-    if values.get("tokenizer", tokenizer) != tokenizer:
+    origin = opened(run.train.init_from)
+    path = origin.path
+    if origin.tokenizer not in (None, tokenizer):
         raise UserError(f"{path}: was trained with another tokenizer than {run.data.path} has; prepare data with that")
-    sources = _sources(path, old.model, run.model)
+    origin.fit(run.model, run.train.sequence_length)
+    sources = _sources(path, origin.model, run.model)
     kept = {f"layer{name.split('.')[1]}/channel" for name in sources if name.endswith(".channel.router.weight")}
-    return Start(path, sources, {place: state for place, state in values.get("routers", {}).items() if place in kept})
+    return Start(origin, sources, {place: state for place, state in origin.routers.items() if place in kept})
 
 
 @torch.no_grad()
@@ -68,14 +112,14 @@ def fill(start: Start, model: nn.Module, balance: Balance) -> None:
         if source != name:
             shape, held = shape[1:], [(offset[1:], view[0]) for offset, view in held]  # into the first expert here
             copied.append(parameter)
-        wanted[f"master/{source}"] = Pieces(shape, torch.float32, held)
-    store.load(start.path, wanted, partial=True)
+        wanted[source] = Pieces(shape, torch.float32, held)
+    start.origin.read(wanted)
     for parameter in copied:
         parameter[1:] = parameter[0].clone()
     balance.restore(start.routers)
 
 
-def _sources(path: Path, old: ModelConfig, new: ModelConfig) -> dict[str, str]:
+def _sources(path: str, old: ModelConfig, new: ModelConfig) -> dict[str, str]:
     there, here, moved = _shapes(old), _shapes(new), _moved(path, old, new)
     found = {}
     for name, shape in here.items():
@@ -100,7 +144,7 @@ def _sources(path: Path, old: ModelConfig, new: ModelConfig) -> dict[str, str]:
     return found
 
 
-def _moved(path: Path, old: ModelConfig, new: ModelConfig) -> dict[str, str | None]:
+def _moved(path: str, old: ModelConfig, new: ModelConfig) -> dict[str, str | None]:
     """The parameters of mixtures that were an MLP -> the MLP's; the routers, which were nothing."""
     moved: dict[str, str | None] = {}
     for before, now in zip(plan_layers(old), plan_layers(new), strict=False):

@@ -20,7 +20,7 @@ from lamella.train.balance import Balance
 from lamella.train.clock import Clock
 from lamella.train.evaluate import evaluate
 from lamella.train.folder import open_folder
-from lamella.train.init_from import fill, find_start
+from lamella.train.init_from import Open, Saved, fill, find_start
 from lamella.train.loss import sum_nats
 from lamella.train.metrics import Totals, moe_metrics
 from lamella.train.optimizer import learning_rate, make_optimizer
@@ -35,7 +35,7 @@ METRICS = "metrics.jsonl.gz"  # in a checkpoint: the metrics up to its step
 class Run:
     """Everything of a run that one process holds, at the step where it starts."""
 
-    def __init__(self, config: RunConfig, mesh: Mesh):
+    def __init__(self, config: RunConfig, mesh: Mesh, opened: Open = Saved):
         train = config.train
         self.mesh, self.folder = mesh, config.folder
         self.data = TrainRows(config.data, train.sequence_length, train.global_batch_size, train.seed)
@@ -44,8 +44,8 @@ class Run:
         newest, passed_over = series.newest_whole(self.folder / "checkpoints", mirror)
         start = None
         if newest is None:
-            start = find_start(config, self.data.tokenizer.fingerprint)
-            began = start and str(start.path)
+            start = find_start(config, self.data.tokenizer.fingerprint, opened)
+            began = start and start.origin.path
         else:
             began = state.check_same_run(newest, config, self.data.fingerprint)["config"]["train"].get("init_from")
         self.config = config = change(config, train=train.model_dump(mode="json") | {"init_from": began})
@@ -115,8 +115,10 @@ class Run:
         self.saver.save(self.step, state.tensors(self.zero), values, beside)
 
 
-def train(config: RunConfig) -> int:
+def train(config: RunConfig, opened: Open = Saved) -> int:
     """Trains to the configured step, in the seat that the launcher gave this process. Returns the exit code.
+
+    `opened`: what `train.init_from` names.
 
     SIGTERM and SIGINT let the running step end; all ranks then save the same step, and the code is 75.
     """
@@ -126,7 +128,7 @@ def train(config: RunConfig) -> int:
     if seat.rank == 0:
         open_folder(config)
     mesh = meshes.join(seat, layout)
-    run = Run(config, mesh)
+    run = Run(config, mesh, opened)
     stopped = False
     while run.step < config.train.steps and not stopped:
         stopped = run.train_step(asked)
@@ -140,9 +142,9 @@ def train(config: RunConfig) -> int:
     return EXIT_REQUEUE if stopped and run.step < config.train.steps else 0
 
 
-def enter(config: RunConfig) -> None:
+def enter(config: RunConfig, opened: Open = Saved) -> None:
     """`train` as the whole of a process."""
-    raise SystemExit(train(config))
+    raise SystemExit(train(config, opened))
 
 
 def _catch_signals() -> list[int]:

@@ -8,6 +8,9 @@ Induction heads, trained at up to 64 tokens, 350 steps of 1,024 tokens, seed 0: 
     rwkv6       1.00    1.00    1.00    0.90    0.56
     mamba2      1.00    1.00    0.75    0.49    0.24
     attention   1.00    0.98    0.88    0.33    0.05      chance: 0.06
+
+Selective copying of 16 symbols behind 256 tokens, 2,000 steps of 1,088 tokens, seed 0 alone, the share of the symbols
+of 64 rows: mamba 0.86, attention 0.44, retention 0.41, by chance 0.06. The other mixers were not measured.
 """
 
 import functools
@@ -56,7 +59,9 @@ def test_rows_are_made_by_the_seed_alone():
         assert not torch.equal(make(4, random(3))[0], make(4, random(4))[0])
 
 
-@pytest.mark.parametrize(("task", "lengths"), [("induction", [8, 16, 32, 64]), ("copying", [18, 34, 68, 136, 272])])
+@pytest.mark.parametrize(
+    ("task", "lengths"), [("induction", [8, 16, 32, 64]), ("copying", [*range(3, 48, 3), 48, 80, 144, 272])]
+)
 def test_rows_grow_to_the_length_that_is_tested(task, lengths):
     ramp = [learn.ramp(task, step / 100) for step in range(100)]
     assert sorted({length for length, _ in ramp}) == lengths == sorted(set(length for length, _ in ramp))
@@ -76,7 +81,7 @@ LEAST = {
     "mamba2": {64: 0.95, 128: 0.9, 256: 0.5},
     "attention": {64: 0.95, 128: 0.8},
 }
-induction = functools.cache(learn.induction)
+copying, induction = functools.cache(learn.copying), functools.cache(learn.induction)
 
 
 @pytest.mark.full
@@ -93,3 +98,17 @@ def test_mamba_goes_on_beyond_the_length_it_was_trained_at_and_attention_does_no
     mamba, attention = induction("mamba"), induction("attention")
     assert attention[1024] < 0.2
     assert mamba[512] > attention[512] + 0.2 and mamba[1024] > attention[1024] + 0.2
+
+
+# From one seed, so the margin is wide: other schedules of as many tokens gave Mamba 0.70 and 0.77, attention 0.61.
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("mixer", "least"), [("mamba", 0.6), ("attention", 0.25), ("retention", 0.2)])
+def test_selective_copying_is_learned(mixer, least):
+    assert copying(mixer) > least
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_mamba_copies_more_than_a_mixer_whose_decay_is_fixed():
+    assert copying("mamba") > copying("retention") + 0.2

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lamella.errors import UserError
 
 NAME = "manifest.json"
 BLOCK = 2**20  # bytes; what a cache holds
+SYNCED = 16 * 2**20  # bytes that the disk is given at once
 ALGORITHMS: dict[str, Any] = {"xxh3_128": xxh3_128, "sha256": hashlib.sha256}  # the second: of older manifests
 CURE = "delete this checkpoint to continue from an earlier one"
 
@@ -43,11 +45,16 @@ class Entry:
 
 
 class Sealed:
-    """A new file that takes its digest while it is written, and is synced when it is closed."""
+    """A new file that takes its digest while it is written, and is synced when it is closed.
+
+    The disk is told to write every so often, and does so while the next bytes are made.
+    """
 
     def __init__(self, path: Path):
         self.name, self.bytes = path.name, 0
         self._hash, self._file = xxh3_128(), path.open("xb", buffering=0)
+        self._disk, self._syncing, self._synced = ThreadPoolExecutor(1), Future[None](), 0
+        self._syncing.set_result(None)
 
     def write(self, data: bytes | memoryview) -> None:
         self._hash.update(data)  # in a thread beside the write it was no faster (two cores, two ranks)
@@ -55,6 +62,9 @@ class Sealed:
         while len(view):  # a raw write may be short; on a full disk the next one raises
             view = view[self._file.write(view) :]
         self.bytes += len(data)
+        if self.bytes - self._synced >= SYNCED and self._syncing.done():
+            self._syncing.result()
+            self._syncing, self._synced = self._disk.submit(os.fdatasync, self._file.fileno()), self.bytes
 
     @property
     def entry(self) -> Entry:
@@ -65,8 +75,9 @@ class Sealed:
         return self
 
     def __exit__(self, kind: type | None, *rest: Any) -> None:
-        with self._file:
+        with self._file, self._disk:
             if kind is None:
+                self._syncing.result()
                 os.fsync(self._file.fileno())
 
 

@@ -107,6 +107,16 @@ def groups(tensor=1, expert=1):
     )
     yield
     parallel_state.destroy_model_parallel()
+    stop_writer()
+
+
+def stop_writer():
+    """Ends the process that `dist_checkpointing.save` has started: these processes end without exit functions."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is not None:
+        filesystem_async._results_queue._manager.shutdown()
+        filesystem_async._results_queue = None
 
 
 def build(case, tensor=1, expert=1):

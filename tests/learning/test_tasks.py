@@ -7,10 +7,11 @@ Induction heads, trained at up to 64 tokens, 350 steps of 1,024 tokens, seed 0: 
     mamba       1.00    1.00    1.00    0.98    0.75
     rwkv6       1.00    1.00    1.00    0.90    0.56
     mamba2      1.00    1.00    0.75    0.49    0.24
+    retention   1.00    0.84    0.63    0.41    0.22
     attention   1.00    0.98    0.88    0.33    0.05      chance: 0.06
 
 Selective copying of 16 symbols behind 256 tokens, 2,000 steps of 1,088 tokens, seed 0 alone, the share of the symbols
-of 64 rows: mamba 0.86, attention 0.44, retention 0.41, by chance 0.06. The other mixers were not measured.
+of 64 rows: mamba 0.86, rwkv7 0.84, mamba2 0.82, attention 0.44, rwkv6 0.42, retention 0.41, by chance 0.06.
 """
 
 import functools
@@ -79,6 +80,7 @@ LEAST = {
     "mamba": {64: 0.95, 128: 0.95, 256: 0.9, 512: 0.7, 1024: 0.3},
     "rwkv6": {64: 0.95, 128: 0.95, 256: 0.9, 512: 0.6},
     "mamba2": {64: 0.95, 128: 0.9, 256: 0.5},
+    "retention": {64: 0.95, 128: 0.65, 256: 0.4},
     "attention": {64: 0.95, 128: 0.8},
 }
 copying, induction = functools.cache(learn.copying), functools.cache(learn.induction)
@@ -100,12 +102,15 @@ def test_mamba_goes_on_beyond_the_length_it_was_trained_at_and_attention_does_no
     assert mamba[512] > attention[512] + 0.2 and mamba[1024] > attention[1024] + 0.2
 
 
+COPIED = {"mamba": 0.6, "mamba2": 0.6, "rwkv7": 0.6, "attention": 0.25, "rwkv6": 0.2, "retention": 0.2}
+
+
 # From one seed, so the margin is wide: other schedules of as many tokens gave Mamba 0.70 and 0.77, attention 0.61.
 @pytest.mark.full
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("mixer", "least"), [("mamba", 0.6), ("attention", 0.25), ("retention", 0.2)])
-def test_selective_copying_is_learned(mixer, least):
-    assert copying(mixer) > least
+@pytest.mark.parametrize("mixer", COPIED)
+def test_selective_copying_is_learned(mixer):
+    assert copying(mixer) > COPIED[mixer]
 
 
 @pytest.mark.full

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamella.checkpoint import series, store
+from lamella.checkpoint import series, source, store
 from lamella.checkpoint.boxes import pieces
-from lamella.checkpoint.planner import ChunkStorageMetadata, Pieces
+from lamella.checkpoint.planner import Pieces
 from lamella.config import ModelConfig, RunConfig
 from lamella.convert.map import Link
 from lamella.convert.write import Kinds
@@ -66,21 +66,13 @@ class Checkpoint:
                 yield group[0].theirs, _assembled(group, blocks.pop(0), kinds[group[0].theirs].dtype)
 
 
-class Produced(Pieces):
-    """Pieces whose views are made when they are written, one at a time. `produce(offset, size)`: fp32."""
+class Produced(source.Produced):
+    """In the boxes that a run of one process would save. `produce(offset, size)`: fp32."""
 
     def __init__(self, place: Place, produce: Callable[[tuple[int, ...], tuple[int, ...]], Tensor]):
-        super().__init__(place.shape, torch.float32, [])
         meta = torch.empty(math.prod(place.shape), device="meta")
-        self._sizes = {torch.Size(at): view.shape for at, view in pieces(meta, place.shape, 0, place.boxes)}
-        self._produce = produce
-
-    def at(self, offset: torch.Size | None) -> Tensor:
-        assert offset is not None
-        return self._produce(tuple(offset), tuple(self._sizes[offset]))
-
-    def chunks(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(offset, size) for offset, size in self._sizes.items()]
+        boxes = [(at, tuple(view.shape)) for at, view in pieces(meta, place.shape, 0, place.boxes)]
+        super().__init__(source.Kind(torch.Size(place.shape), torch.float32), boxes, produce)
 
 
 def save(folder: Path, tensors: dict[str, Produced], run: RunConfig, tokenizer: str | None, kept: Kept) -> Path:

@@ -414,15 +414,8 @@ import sys
 from pathlib import Path
 from lamella.convert.megatron.convert import from_megatron, to_megatron
 from lamella.convert.universal.convert import from_universal, to_universal
+from tests.convert.memory import rise
 small, large, out = (Path(word) for word in sys.argv[1:])
-def memory(key):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
-def rise(function, *words):
-    Path("/proc/self/clear_refs").write_text("5")
-    before = memory("VmRSS")
-    function(*words)
-    return memory("VmHWM") - before
 for there, back in ((to_megatron, from_megatron), (to_universal, from_universal)):
     name = there.__name__
     there(small, out / f"{name}-a"), back(out / f"{name}-a", out / f"{name}-b")

@@ -10,17 +10,9 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from lamella.convert.convert import to_hf, to_lamella
+from tests.convert.memory import rise
 import torch.distributed.checkpoint, safetensors.torch
 small, large, out = (Path(word) for word in sys.argv[1:])
-def memory(key):
-    # Not ru_maxrss, which begins as that of the process that started this one.
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
-def rise(function, *words):
-    Path("/proc/self/clear_refs").write_text("5")
-    before = memory("VmRSS")
-    function(*words)
-    return memory("VmHWM") - before
 to_lamella(small, out / "a"); to_hf(out / "a", out / "b")
 print(rise(to_lamella, large, out / "c"), rise(to_hf, out / "c", out / "d"))
 """

@@ -11,6 +11,7 @@ from torch import Tensor
 from lamella.config import ModelConfig
 from lamella.convert.family import Family, Tree, family_of
 from lamella.convert.map import Link, Slices, links, overlap, places
+from lamella.convert.match import match
 from lamella.convert.pth import derive_config
 from lamella.convert.read import CONFIG, Weights, read_config
 from lamella.errors import UserError
@@ -82,22 +83,14 @@ def ends(kind: Family, model: ModelConfig) -> tuple[str, str]:
 
 def _match(weights: Weights, linked: list[Link], kind: Family, model: ModelConfig, said: str) -> None:
     """Every tensor of theirs has one place here, of its shape. Raises UserError for the first that has not."""
-    wanted = {link.theirs: link for link in linked}
-    for name, link in wanted.items():
-        entry = weights.tensors.get(name)
-        if entry is None:
-            raise UserError(f"{weights.folder}: lacks {name}, which a {kind.name} of {said} has")
-        if entry.shape != link.their_shape:
-            shapes = f"is {list(entry.shape)}, by {said} it must be {list(link.their_shape)}"
-            raise UserError(f"{entry.file}: {name} {shapes}")
-        if isinstance(entry.dtype, str):
-            raise UserError(f"{entry.file}: {name} is stored as {entry.dtype}; convert weights of fp32, bf16 or fp16")
+    what = f"a {kind.name} of {said}"
+    left = match(weights.tensors, linked, weights.folder, lambda name: weights.tensors[name].file, what, said)
     head, embedding = ends(kind, model)
-    for name in sorted(weights.tensors.keys() - wanted.keys()):
+    for name in sorted(left):
         if re.fullmatch(kind.extra, name):
             continue
         if model.tie_embeddings and name == head:
             if torch.equal(weights.read(head), weights.read(embedding)):
                 continue
             raise UserError(f"{weights.folder}: {head} differs from {embedding}, and {said} says they are tied")
-        raise UserError(f"{weights.folder}: {name} has no place in a {kind.name} of {said}")
+        raise UserError(f"{weights.folder}: {name} has no place in {what}")

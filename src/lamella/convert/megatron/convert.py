@@ -15,6 +15,7 @@ from lamella.config import ModelConfig, check_options, dump
 from lamella.convert.convert import DTYPES, KNOWN, LONGEST, WORDS
 from lamella.convert.family import Keys
 from lamella.convert.map import Link, links, places
+from lamella.convert.match import match
 from lamella.convert.megatron.arguments import is_hybrid, kinds_of, layers_of, pattern_of, to_ours
 from lamella.convert.megatron.folder import Folder, says_nothing
 from lamella.convert.megatron.names import Storage, numbers, objects, storage_of, table
@@ -140,20 +141,11 @@ def _pieces(
 
 def _match(theirs: Folder, linked: list[Link]) -> None:
     """Every tensor of theirs has one place here, of its shape. Raises UserError for the first that has not."""
-    wanted = {link.theirs: link for link in linked}
-    for name, link in wanted.items():
-        entry = theirs.tensors.get(name)
-        if entry is None:
-            raise UserError(f"{theirs.folder}: lacks {name}, which a model of its args has")
-        if entry.shape != link.their_shape:
-            shapes = f"is {list(entry.shape)}, by its args it must be {list(link.their_shape)}"
-            raise UserError(f"{theirs.folder}: {name} {shapes}")
-        if isinstance(entry.dtype, str):
-            stored = f"is stored as {entry.dtype}; convert weights of fp32, bf16 or fp16"
-            raise UserError(f"{theirs.folder}: {name} {stored}")
-    for name in sorted((theirs.tensors.keys() | theirs.objects) - wanted.keys()):
+    what = "a model of its args"
+    left = match(theirs.tensors, linked, theirs.folder, lambda name: theirs.folder, what, "its args")
+    for name in sorted(left | theirs.objects - {link.theirs for link in linked}):
         if not says_nothing(name):
-            raise UserError(f"{theirs.folder}: {name} has no place in a model of its args")
+            raise UserError(f"{theirs.folder}: {name} has no place in {what}")
 
 
 def _masters(theirs: Folder, linked: list[Link]) -> dict[str, str]:

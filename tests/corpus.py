@@ -4,7 +4,7 @@ import sysconfig
 from pathlib import Path
 
 from lamella.config import DataConfig, RunConfig
-from lamella.data.prepare import prepare
+from lamella.data.prepare.prepare import prepare
 
 MODEL = {
     "d_model": 32,

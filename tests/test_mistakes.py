@@ -91,9 +91,23 @@ def test_empty_corpus(home, capfd):
 
 
 def test_truncated_tokens(home, capfd):
-    tokens = next((home / "prepared").glob("*train*.bin"))
+    tokens = next((home / "prepared").glob("*/train.bin"))
     tokens.write_bytes(tokens.read_bytes()[:-100])
     assert_refused(capfd, home, train(home, "--nproc", 2), [tokens.name])
+
+
+def test_damaged_tokens(home, capfd):
+    """Found while it trains: the run has begun, and its checkpoint is as it was."""
+    tokens = next((home / "prepared").glob("*/train.bin"))
+    raw = bytearray(tokens.read_bytes())
+    raw[::1000] = bytes(byte ^ 1 for byte in raw[::1000])
+    tokens.write_bytes(raw)
+    before = contents(home / "runs/two/checkpoints")
+    capfd.readouterr()
+    assert call(*train(home, "--nproc", 2, "train.steps=4")) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if "continues from" not in line]
+    assert len(lines) == 1 and "train.bin: damaged" in lines[0] and "train.rows.damaged=replace" in lines[0]
+    assert contents(home / "runs/two/checkpoints") == before
 
 
 def test_another_tokenizer(home, capfd):

@@ -17,7 +17,7 @@ import functools
 import gc
 import re
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lamella.config import LayoutConfig, ModelConfig, RunConfig, load_run, parse_layout
-from lamella.data.stream import Batch
+from lamella.data.batch import Batch
 from lamella.model.init import generator
 from lamella.model.lm import LanguageModel
 from lamella.parallel.layout import Layout, resolve
@@ -90,11 +90,15 @@ class FullRows:
     length: int
     rows: int
 
-    def batch(self, step: int, rows: range) -> Batch:
+    def batch(self, step: int, rows: Sequence[int]) -> Batch:
         random = [generator(f"{step}/{row}", 0) for row in rows]
         tokens = torch.stack([torch.randint(self.vocab_size, (self.length + 1,), generator=g) for g in random]).int()
         position = torch.arange(self.length, dtype=torch.int32).expand(len(rows), -1)
-        return Batch(tokens[:, :-1], tokens[:, 1:], torch.zeros_like(position), position)
+        zeros = torch.zeros_like(position)
+        return Batch(tokens[:, :-1], tokens[:, 1:], zeros, position, zeros)
+
+    def deal(self, step: int, ranks: int) -> list[list[int]]:
+        return torch.arange(self.rows).view(ranks, -1).tolist()
 
     def target_count(self, step: int) -> int:
         return self.rows * self.length
@@ -209,7 +213,8 @@ def rank(run: RunConfig) -> Found:
     from lamella.parallel.apply import build_model, make_passes
     from lamella.parallel.seat import find_seat
     from lamella.train.clock import Clock
-    from lamella.train.loss import sum_nats
+    from lamella.train.feed import Feed
+    from lamella.train.loss import make_loss
     from lamella.train.optimizer import make_optimizer
     from lamella.train.step import accumulate_gradients
 
@@ -222,8 +227,9 @@ def rank(run: RunConfig) -> Found:
     promised = promise(model, mesh.layout, mesh.pipeline.rank())
     inner = make_optimizer(model, train.optimizer)
     zero = Zero(model, inner, train.optimizer.clip_norm, mesh)
-    passes = make_passes(model, zero, functools.partial(sum_nats, model.shard), mesh, train.sequence_length)
-    data = FullRows(run.model.vocab_size, train.sequence_length, train.global_batch_size)
+    passes = make_passes(model, zero, make_loss(model.shard), mesh, train.sequence_length)
+    rows = FullRows(run.model.vocab_size, train.sequence_length, train.global_batch_size)
+    data = Feed(rows, mesh)
 
     def gradients(step: int) -> None:
         accumulate_gradients(passes, data, mesh, step, 0, Record(), Clock(mesh.device))
@@ -275,7 +281,7 @@ def promise(model: LanguageModel, layout: Layout, pipeline: int) -> dict[str, fl
     split = {True: layout.tensor * layout.data // layout.expert, False: layout.data}
     numbers = [(p.numel(), split[p.place.expert]) for p in model.parameters()]  # type: ignore[attr-defined]
     whole, share = sum(n for n, _ in numbers), sum(n / d for n, d in numbers)
-    micro_batches = len(layout.micro_batches(0))
+    micro_batches = layout.micro_batch_count
     under_way = {"gpipe": micro_batches, "1f1b": layout.pipeline - pipeline}.get(layout.schedule, layout.pipeline)
     held = sum(len(s.layers) for s in model.stages) / len(model.config.stack[0].layers) / model.config.stack[0].repeat
     stages = 1 if layout.pipeline == 1 else held * min(under_way, micro_batches)

@@ -16,7 +16,7 @@ import numpy as np
 import typer
 
 from lamella.config import load_data
-from lamella.data.manifest import Prepared, open_prepared
+from lamella.data.store.manifest import Prepared, open_prepared
 from lamella.errors import EXIT_USER, UserError
 
 PRESET = 9 | lzma.PRESET_EXTREME
@@ -39,7 +39,7 @@ def main(
     if primed:
         train = _text(prepared, "train")
         baselines["xz_primed"] = (xz_bits(train + heldout) - xz_bits(train)) / len(heldout)
-    split = prepared.manifest.splits["heldout"]
+    split = prepared.manifest.total("heldout")
     size = {"heldout_bytes": len(heldout), "heldout_tokens": split.tokens}
     if as_json:
         print(json.dumps({"bits_per_byte": baselines} | size))
@@ -62,16 +62,18 @@ def xz_bits(text: bytes) -> int:
 
 def _counts(prepared: Prepared, split: str) -> np.ndarray:
     counts = np.zeros(prepared.tokenizer.vocab_size, np.int64)
-    stored = prepared.splits[split]
-    for document in range(len(stored)):
-        counts += np.bincount(stored.read(document), minlength=len(counts))
+    for stored in (splits[split] for splits in prepared.sources.values()):
+        for document in range(len(stored)):
+            counts += np.bincount(stored.read(document), minlength=len(counts))
     return counts
 
 
 def _text(prepared: Prepared, split: str) -> bytes:
     """The documents of a split, one behind the other."""
-    stored, decode = prepared.splits[split], prepared.tokenizer.decode
-    return b"".join(decode(stored.read(d).tolist()).encode(errors="surrogatepass") for d in range(len(stored)))
+    decode = prepared.tokenizer.decode
+    files = [splits[split] for splits in prepared.sources.values()]
+    texts = (decode(stored.read(d).tolist()) for stored in files for d in range(len(stored)))
+    return b"".join(text.encode(errors="surrogatepass") for text in texts)
 
 
 if __name__ == "__main__":

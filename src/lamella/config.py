@@ -58,29 +58,47 @@ class ModelConfig(Strict):
     tie_embeddings: bool = False
     dropout: Share = 0.0  # on each branch's output
     init_std: Annotated[float, Field(gt=0)] = 0.02
+    ends_init: Literal["normal", "rwkv"] = "normal"  # embedding and head; rwkv: uniform within 1e-4, and orthogonal
 
 
 class SourceConfig(Strict):
     """Where documents come from: one file, row or record is one document."""
 
-    format: Literal["stdlib", "text", "jsonl", "parquet", "hub"]
-    path: str | None = None  # a file, a folder or a glob; for hub: the data set's name; for stdlib: nothing
-    column: str = "text"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")] | None = None  # None: after its path
+    format: Literal["stdlib", "text", "jsonl", "parquet", "arrow", "hub", "megatron"]
+    path: str | None = None  # a file, folder or glob; hub: its name; megatron: what stands before .bin; stdlib: nothing
+    column: str = "text"  # of records
     split: str = "train"  # hub only
+    streaming: bool = False  # hub only: read over the network, nothing is downloaded whole
+    weight: Annotated[float, Field(gt=0)] | None = None  # share of the training tokens; None: as they come
 
     @model_validator(mode="after")
-    def _path_where_needed(self) -> "SourceConfig":
+    def _fits_the_format(self) -> "SourceConfig":
         if (self.path is None) != (self.format == "stdlib"):
             raise ValueError("stdlib takes no path, every other format needs one")
+        if self.streaming and self.format != "hub":
+            raise ValueError("streaming is for hub alone; files are streamed anyhow")
         return self
+
+    @property
+    def prepared(self) -> "SourceConfig":
+        """What of it decides the prepared files."""
+        return self.model_copy(update={"weight": None})
 
 
 class TokenizerConfig(Strict):
-    """A sentencepiece model: the given one, else BPE with byte fallback trained on the sources."""
+    """The given one, else a sentencepiece model: BPE with byte fallback trained on the sources."""
 
-    model: str | None = None
+    model: str | None = None  # a sentencepiece .model, a Hugging Face tokenizer.json, or a folder that holds one
+    eod: str | None = None  # the piece that ends a document, instead of the one told beside a tokenizer.json
     vocab_size: Annotated[int, Field(ge=300)] = 4096
     train_megabytes: Positive = 10  # of text, evenly drawn over the documents
+
+    @model_validator(mode="after")
+    def _ends_what_is_given(self) -> "TokenizerConfig":
+        if self.eod is not None and self.model is None:
+            raise ValueError("eod names a piece of a given model; the trained one has its own")
+        return self
 
 
 class DataConfig(Strict):
@@ -88,6 +106,19 @@ class DataConfig(Strict):
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
     tokenizer: TokenizerConfig = TokenizerConfig()
     heldout: Annotated[float, Field(gt=0, lt=0.5)] = 0.02  # share of the documents that no training row touches
+    duplicates: Literal["keep", "drop"] = "keep"  # of exact texts; they are counted in any case
+
+    @model_validator(mode="after")
+    def _sources_fit(self) -> "DataConfig":
+        bare = [str(s.name or s.path or s.format) for s in self.sources if s.weight is None]
+        if 0 < len(bare) < len(self.sources):
+            raise ValueError(f"weight is missing of {', '.join(bare)}: give one to every source, or to none")
+        given = [s.name for s in self.sources if s.name is not None]
+        if twice := sorted({name for name in given if given.count(name) > 1}):
+            raise ValueError(f"two sources are named {', '.join(twice)}: name them apart")
+        if self.tokenizer.model is None and any(s.format == "megatron" for s in self.sources):
+            raise ValueError("megatron sources hold ids: tokenizer.model must name the tokenizer that made them")
+        return self
 
 
 class LayoutConfig(Strict):
@@ -104,6 +135,10 @@ class LayoutConfig(Strict):
     zero: Literal[1, 2, 3] = 1  # split over data: 1 optimizer state, 2 gradients too, 3 parameters too
     offload_optimizer: bool = False  # masters and moments in the CPU's memory
     micro_batch: Positive = 1  # rows a rank computes at once
+    deal: Literal["cost", "order"] = (
+        "cost"  # which of a step's rows a data rank computes: by what they cost, or in turn
+    )
+    read_ahead: Count = 4  # micro-batches that are read before they are needed
     recompute: Literal["none", "selective", "full"] = "none"  # in backward: what lies between projections, or layers
 
 
@@ -139,6 +174,21 @@ class CheckpointConfig(Strict):
     mirror: str | None = None  # a second place, as fsspec names it: s3://bucket/path, gs://..., file:///mnt/other
 
 
+class RowCostConfig(Strict):
+    """What a document of n tokens costs, in any unit: token * n + pair * n * n."""
+
+    token: Annotated[float, Field(ge=0)]
+    pair: Annotated[float, Field(ge=0)]
+
+
+class RowsConfig(Strict):
+    """How the data's rows become steps."""
+
+    window: Positive = 1  # steps whose rows are sorted by cost among them, so that a step's rows cost about the same
+    cost: RowCostConfig | None = None  # as measured by `lamella data inspect --measure`; None: counted from the model
+    damaged: Literal["stop", "replace"] = "stop"  # replace: pieces in damaged blocks give way to others of their length
+
+
 class TrainConfig(Strict):
     steps: Positive
     sequence_length: Positive
@@ -147,6 +197,7 @@ class TrainConfig(Strict):
     schedule: ScheduleConfig = ScheduleConfig()
     evaluate: EvaluateConfig
     checkpoint: CheckpointConfig
+    rows: RowsConfig = RowsConfig()
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: Count = 0
     init_from: str | None = None  # whose weights a new run begins with: a checkpoint, a run's folder, or hf:DIR
@@ -205,6 +256,11 @@ def load_data(file: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> 
 def load_model(file: Path | str) -> ModelConfig:
     """Reads one file of the model group, its parts' options unchecked. Raises UserError as `load_run` does."""
     return _validate(ModelConfig, _read(Path(file)), Path(file))
+
+
+def is_run(file: Path | str) -> bool:
+    """Whether a file is a run's rather than one of a group. Raises UserError where it cannot be read."""
+    return "train" in _read(Path(file))
 
 
 def change(config: Model, **values: Any) -> Model:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lamella.config import DataConfig, SourceConfig, TokenizerConfig
-from lamella.data.prepare import prepare
+from lamella.data.prepare.prepare import prepare
 
 WORDS = [
     "def",
@@ -72,7 +72,7 @@ def config(corpus, tmp_path_factory) -> DataConfig:
     return config
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make():
     """make_config, for tests that prepare their own."""
     return make_config

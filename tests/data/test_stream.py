@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from lamella.data.manifest import open_prepared
-from lamella.data.stream import NO_TARGET, HeldoutRows, TrainRows
+from lamella.config import SourceConfig, change
+from lamella.data.batch import NO_TARGET
+from lamella.data.prepare.prepare import prepare
+from lamella.data.store.manifest import open_prepared
+from lamella.data.stream import TrainRows, heldout_rows
 
 T, G = 96, 4
-FIELDS = ("tokens", "targets", "document", "position")
+FIELDS = ("tokens", "targets", "document", "position", "source")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def pieces(batch):
 
 
 def test_types_and_positions(rows):
-    for step in range(rows._begins[-1] // G + 3):
+    for step in range(rows.plans.begin(1) // G + 3):
         batch = rows.batch(step, range(G))
         for field in FIELDS:
             tensor = getattr(batch, field)
@@ -52,7 +55,7 @@ def test_inputs_are_the_targets_shifted(config):
     """A document begins with eod, a later piece of a long one with the stored token before it."""
     prepared = open_prepared(config)
     eod = prepared.tokenizer.eod
-    stored = prepared.splits["train"]
+    (stored,) = (splits["train"] for splits in prepared.sources.values())
     documents = [[eod, *stored.read(d).tolist()] for d in range(len(stored))]
     rows = TrainRows(config, T, G, seed=0)
     kinds = {True: 0, False: 0}
@@ -69,13 +72,12 @@ def test_inputs_are_the_targets_shifted(config):
 
 def test_every_stored_token_is_a_target_once_an_epoch(config):
     prepared = open_prepared(config)
-    stored = prepared.splits["train"]
+    (stored,) = (splits["train"] for splits in prepared.sources.values())
     rows = TrainRows(config, T, 1, seed=2)
-    rows.batch(0, range(1))
     expected = np.bincount(np.concatenate([stored.read(d) for d in range(len(stored))]), minlength=rows.vocab_size)
     for epoch in range(2):
-        rows.batch(rows._begins[epoch], range(1))
-        targets = [rows.batch(step, range(1)).targets for step in range(*rows._begins[epoch : epoch + 2])]
+        steps = range(rows.plans.begin(epoch), rows.plans.begin(epoch + 1))
+        targets = [rows.batch(step, range(1)).targets for step in steps]
         seen = torch.cat(targets)
         assert (np.bincount(seen[seen >= 0].numpy(), minlength=rows.vocab_size) == expected).all()
 
@@ -109,13 +111,14 @@ def test_steps_of_another_size_train_the_same_rows(config, rows):
 
 def test_held_out_text_never_trains(config):
     prepared = open_prepared(config)
+    (stored,) = prepared.sources.values()
     documents = {
         split: {prepared.tokenizer.decode(s.read(d)[:-1].tolist()) for d in range(len(s))}
-        for split, s in prepared.splits.items()
+        for split, s in stored.items()
     }
     assert documents["heldout"] and not documents["heldout"] & documents["train"]
-    assert prepared.manifest.splits["heldout"].documents > len(documents["heldout"])  # a text and its copy, together
-    heldout = {tuple(prepared.splits["heldout"].read(d).tolist()) for d in range(len(prepared.splits["heldout"]))}
+    assert prepared.manifest.total("heldout").documents > len(documents["heldout"])  # a text and its copy, together
+    heldout = {tuple(stored["heldout"].read(d).tolist()) for d in range(len(stored["heldout"]))}
     rows = TrainRows(config, 4096, 1, seed=0)
     batches = (rows.batch(step, range(1)) for step in range(10))
     for _, targets in islice((p for b in batches for p in pieces(b)), 500):
@@ -123,15 +126,14 @@ def test_held_out_text_never_trains(config):
 
 
 def test_held_out_rows(config):
-    rows = HeldoutRows(config, T)
+    rows = heldout_rows(config, T)
     batch = rows.batch(range(rows.num_rows))
-    stored = open_prepared(config).splits["heldout"]
+    (stored,) = (splits["heldout"] for splits in open_prepared(config).sources.values())
     assert rows.target_count(range(rows.num_rows)) == (batch.targets >= 0).sum() == stored.lengths.sum()
     assert rows.target_count(range(1, 3)) == (batch.targets[1:3] >= 0).sum()
-    assert same(HeldoutRows(config, T).batch(range(2, 4)), rows.batch(range(2, 4)))
+    assert same(heldout_rows(config, T).batch(range(2, 4)), rows.batch(range(2, 4)))
     raw = sum(len(rows.tokenizer.decode(stored.read(d)[:-1].tolist()).encode()) for d in range(len(stored)))
     assert rows.bytes_per_token == pytest.approx(raw / stored.lengths.sum())
-    assert rows.fingerprint == TrainRows(config, T, G, 0).fingerprint
     with pytest.raises(AssertionError):
         rows.batch(range(rows.num_rows, rows.num_rows + 1))
 
@@ -142,3 +144,57 @@ def test_rows_of_any_length(config, length):
     batch = rows.batch(1, range(2))
     assert batch.tokens.shape == (2, length)
     assert rows.target_count(1) == (batch.targets >= 0).sum() > 0
+
+
+def squared(lengths: np.ndarray) -> np.ndarray:
+    return lengths.astype(np.int64) ** 2
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_step_is_dealt_whole(config, ranks):
+    rows = TrainRows(config, T, G, seed=7, cost=squared)
+    for step in range(6):
+        dealt = rows.deal(step, ranks)
+        assert sorted(row for mine in dealt for row in mine) == list(range(G))
+        assert {len(mine) for mine in dealt} == {G // ranks}
+        assert same(rows.batch(step, range(G)), TrainRows(config, T, G, seed=7).batch(step, range(G)))
+    in_turn = TrainRows(config, T, G, seed=7, cost=squared, balanced=False).deal(0, 2)
+    assert in_turn == [[0, 1], [2, 3]]
+
+
+def test_a_window_exchanges_rows_between_its_steps_alone(config):
+    plain, wide = (TrainRows(config, T, G, seed=7, window=w, cost=squared) for w in (1, 4))
+    spread = {}
+    for name, rows in (("plain", plain), ("wide", wide)):
+        steps = [rows.batch(step, range(G)) for step in range(8)]
+        spread[name] = np.mean([_costs(batch).std() / _costs(batch).mean() for batch in steps])
+        for block in (steps[:4], steps[4:]):
+            spread[name, len(spread)] = sorted(map(tuple, torch.cat([b.tokens for b in block]).tolist()))
+    assert [v for k, v in spread.items() if k[0] == "plain"] == [v for k, v in spread.items() if k[0] == "wide"]
+    assert spread["wide"] < 0.6 * spread["plain"]
+    late = TrainRows(config, T, G, seed=7, window=4, cost=squared)
+    assert same(late.batch(6, range(G)), wide.batch(6, range(G)))
+
+
+def _costs(batch) -> np.ndarray:
+    rows = zip(batch.document.numpy(), batch.source.numpy(), strict=True)
+    return np.array([sum(np.bincount(d[s >= 0]) ** 2) for d, s in rows])
+
+
+def test_sources_are_counted(corpus, make, tmp_path):
+    texts = SourceConfig(format="text", path=str(corpus / "*.py"), name="programs", weight=1.0)
+    long = SourceConfig(format="text", path=str(corpus / "long.txt"), name="long", weight=2.0)
+    config = make(corpus, tmp_path / "two", sources=(texts, long), heldout=0.05)
+    prepare(config)
+    rows = TrainRows(config, T, G, seed=0)
+    assert rows.names == ["programs", "long"] and rows.shares == pytest.approx([1 / 3, 2 / 3])
+    counts = np.zeros(2, int)
+    for step in range(60):
+        batch = rows.batch(step, range(G))
+        found = rows.source_counts(step)
+        assert found == [int((batch.source == n).sum()) for n in range(2)]
+        assert sum(found) == rows.target_count(step)
+        counts += found
+    assert counts[1] / counts.sum() == pytest.approx(2 / 3, abs=0.03)
+    other = TrainRows(change(config, sources=[s | {"weight": 1.0} for s in config.model_dump()["sources"]]), T, G, 0)
+    assert other.fingerprint != rows.fingerprint

@@ -5,6 +5,7 @@ import torch
 from torch.func import functional_call
 
 from lamella.config import load_run
+from lamella.model.init import initialize
 from lamella.model.lm import LanguageModel
 from lamella.nn.shard import Whole
 from tests.nn.building import double, filled, noise, packed, relative, some
@@ -123,3 +124,14 @@ def test_branches_and_layers_drop_different_places():
     masks = [layer._drop(ones, rows, branch) for layer in model.layers.values() for branch in ("mixer", "channel")]
     for i, mask in enumerate(masks):
         assert all(0.4 < (mask == other).float().mean() < 0.6 for other in masks[:i])
+
+
+def test_rwkvs_ends_begin_as_in_its_own_code():
+    config = load_run("configs/run/quickstart.yaml", ["model=rwkv7-nano"]).model
+    model = LanguageModel(config)
+    initialize(model, seed=0)
+    embedding, head = model.embedding.weight.detach(), model.head.weight.detach()
+    assert 0.99e-4 < embedding.abs().max() <= 1e-4 and embedding.mean().abs() < 1e-6
+    gain = 0.5 * (config.vocab_size / config.d_model) ** 0.5
+    torch.testing.assert_close(head.T @ head, gain**2 * torch.eye(config.d_model))
+    assert float(head.std()) == pytest.approx(0.5 / config.d_model**0.5, rel=0.01)

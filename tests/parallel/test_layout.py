@@ -33,9 +33,9 @@ def test_every_row_once(world, words):
     heads = ["model.parts.attention.num_heads=8", "model.parts.attention.num_kv_heads=4"]
     layout = resolve(run_with(*words, *heads), world)
     assert layout.world == world
-    dealt = [row for rank in range(layout.data) for rows in layout.micro_batches(rank) for row in rows]
-    assert dealt == list(range(16))
-    assert {len(rows) for rank in range(layout.data) for rows in layout.micro_batches(rank)} == {layout.micro_batch}
+    pieces = layout.micro_batches(list(range(16 // layout.data)))
+    assert [row for rows in pieces for row in rows] == list(range(16 // layout.data))
+    assert {len(rows) for rows in pieces} == {layout.micro_batch} and len(pieces) == layout.micro_batch_count
 
 
 def test_the_processes_decide_the_data_size():

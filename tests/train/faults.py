@@ -51,15 +51,14 @@ def average_losses_per_rank():
     right = measuring.accumulate_gradients
 
     class OwnCount:
-        def __init__(self, data, mesh):
-            self.data, self.mesh, self.batch = data, mesh, data.batch
+        def __init__(self, feed):
+            self.feed, self.step = feed, feed.step
 
         def target_count(self, step):
-            mine = self.mesh.layout.micro_batches(self.mesh.data_rank)
-            count = sum(int((self.data.batch(step, rows).targets >= 0).sum()) for rows in mine)
-            return count * self.mesh.layout.data
+            count = sum(int((batch.targets >= 0).sum()) for _, batch in self.feed.step(step))
+            return count * self.feed.mesh.layout.data
 
-    measuring.accumulate_gradients = lambda passes, data, mesh, *rest: right(passes, OwnCount(data, mesh), mesh, *rest)
+    measuring.accumulate_gradients = lambda passes, feed, *rest: right(passes, OwnCount(feed), *rest)
 
 
 def aux_loss_per_micro_batch():

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lamella.config import change, dump
-from lamella.data.prepare import prepare
-from lamella.data.tokenizer import Tokenizer
+from lamella.data.prepare.prepare import prepare
+from lamella.data.tokenizer import Tokenizer, load
 from lamella.model.lm import LanguageModel
 from lamella.nn.rows import one_document
 from lamella.train.metrics_file import read_metrics
@@ -64,7 +64,7 @@ def test_it_is_the_training_loop_s_figure(corpus, tmp_path, score, capfd):
 
 
 def test_text_files_are_summed_by_hand(saved, corpus, score, tmp_path):
-    tokenizer, texts = Tokenizer.load(f"{corpus.path}/tokenizer.model"), ["import os\n", "def f():\n    pass # é\n"]
+    tokenizer, texts = load(f"{corpus.path}/tokenizer.model"), ["import os\n", "def f():\n    pass # é\n"]
     for number, text in enumerate([*texts, ""]):
         (tmp_path / f"{number}.txt").write_text(text)
     nats = sum(by_hand(saved[1], tokenizer, text) for text in texts)
@@ -138,7 +138,7 @@ def test_another_tokenizer_names_the_cure(saved, corpus, tmp_path, capfd):
     other = change(corpus, path=str(tmp_path / "other"), tokenizer={"vocab_size": 450, "train_megabytes": 1})
     prepare(other)
     dump(other, tmp_path / "other.yaml")
-    cure = f"tokenizer.model={corpus.path}/tokenizer.model"
+    cure = f"tokenizer.model={corpus.path}"
     refused(capfd, [saved[0], "--data", tmp_path / "other.yaml"], "another tokenizer", cure)
 
 

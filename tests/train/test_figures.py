@@ -18,7 +18,7 @@ from lamella.config import DataConfig, dump
 from lamella.errors import UserError
 from lamella.model.cuts import imbalance, layer_costs
 from lamella.parallel.layout import resolve
-from lamella.train import charts, figures, layout_chart, reports
+from lamella.train import charts, figures, layout_chart, plot, reports
 from lamella.train.history import Bins, History, in_order, smooth
 from lamella.train.layout_record import LayoutRecord, describe, order, timeline
 from tests.corpus import MODEL, tiny_run
@@ -39,6 +39,7 @@ def line(step, **changes):
             f"layer{n}/channel": {"load": LOAD if n == 2 else LOAD[::-1], "dropped": 0.03, "entropy": 1.2}
             for n in (10, 2)
         },
+        "sources": {"code": {"tokens": 30, "loss": 7.0 - 0.01 * step}, "web": {"tokens": 70, "loss": 9.0}},
     }
     if step % 20 == 19:
         found |= {"heldout_loss": 4.0, "heldout_bits_per_byte": 2.0}
@@ -139,9 +140,9 @@ def luminance(colour):
 
 
 def test_reads_in_grey():
-    fills = [luminance(colour) for colour, _ in charts.FILLS[:4]]
+    fills = [luminance(colour) for colour, _ in plot.FILLS[:4]]
     assert all(a - b > 0.1 for a, b in itertools.pairwise(fills))
-    assert len({style for _, style in charts.LINES[:4]}) == 4
+    assert len({style for _, style in plot.LINES[:4]}) == 4
     image = charts.experts(history(9)).axes[0].images[0]
     grey = [luminance(c[:3]) for c in image.cmap(np.linspace(0, 1, 50))]
     assert all(np.diff(grey) > 0)
@@ -196,7 +197,8 @@ def test_smooth_skips_what_is_not_finite():
 def test_draw_writes_pictures_alone(tmp_path):
     folder = write(tmp_path / "tiny", [line(s) for s in range(3)])
     files = figures.draw(folder)
-    assert [f.name for f in files] == ["loss.png", "optimization.png", "throughput.png", "experts.png", "time.png"]
+    names = ["loss", "optimization", "throughput", "sources", "experts", "time"]
+    assert [f.stem for f in files] == names
     assert sorted((folder / "figures").iterdir()) == sorted(files)
     assert all(f.read_bytes().startswith(b"\x89PNG") for f in files)
     bare = write(tmp_path / "bare", [{"step": 0, "loss": 1.0}])
@@ -439,3 +441,15 @@ def test_commands_do_without_torch(tmp_path, command):
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_loss_is_told_apart_by_source():
+    def of(step):
+        seen = step % 2
+        return {"code": {"tokens": 30, "loss": 3.0 - 0.01 * step}, "web": {"tokens": 70 * seen, "loss": None}}
+
+    assert charts.sources(History("one", [{"step": 0, "loss": 1.0}])) is None
+    loss, share = charts.sources(History("two", [line(s, sources=of(s)) for s in range(90)])).axes
+    assert drawn(loss)["code"][1][45] == pytest.approx(2.55)
+    assert np.isnan(drawn(loss)["web"][1]).all()
+    assert drawn(share)["code"][1][:2].tolist() == [100, 30] and drawn(share)["web"][1][:2].tolist() == [0, 70]

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from lamella.config import change
-from lamella.data.detokenize import Text
-from lamella.data.tokenizer import Tokenizer
+from lamella.data.store.manifest import read_manifest, write_manifest
+from lamella.data.tokenizer import load
+from lamella.data.tokenizer.detokenize import Text
 from lamella.model.generate import GREEDY, generate
 from lamella.model.lm import LanguageModel
 from lamella.nn.rows import one_document
@@ -38,7 +39,7 @@ def saved(run):
 
 @pytest.fixture(scope="module")
 def tokenizer(corpus):
-    return Tokenizer.load(f"{corpus.path}/tokenizer.model")
+    return load(f"{corpus.path}/tokenizer.model")
 
 
 @pytest.fixture
@@ -215,16 +216,16 @@ def test_the_tokenizer_is_gone_or_another(corpus, tmp_path, capfd):
     words = ["generate", run.folder, "--prompt", "a", "--max-tokens", "2"]
     model, away = home / "tokenizer.model", tmp_path / "away.model"
     model.rename(away)
-    refused(capfd, words, "tokenizer.model: missing", "--tokenizer FILE.model")
+    refused(capfd, words, "tokenizer.model: missing", "--tokenizer FILE")
     assert call(*words, "--tokenizer", away) == 0
     assert capfd.readouterr().err == ""
     refused(capfd, [*words, "--tokenizer", tmp_path / "none.model"], "none.model", "no such")
-    refused(capfd, [*words, "--tokenizer", home / "train.idx"], "train.idx: not the tokenizer of", "step-00000003")
+    refused(capfd, [*words, "--tokenizer", home / "text/train.idx"], "train.idx: not the tokenizer of", "step-00000003")
     model.write_bytes(away.read_bytes() + b"\n")
-    refused(capfd, words, "not the tokenizer of", "--tokenizer FILE.model")
+    refused(capfd, words, "not the tokenizer of", "--tokenizer FILE")
     home.rename(tmp_path / "moved")
-    refused(capfd, words, "no prepared data there", "--tokenizer FILE.model")
-    refused(capfd, [*words, "--tokenizer", tmp_path / "moved/train.idx"], "not a sentencepiece model")
+    refused(capfd, words, "no prepared data there", "--tokenizer FILE")
+    refused(capfd, [*words, "--tokenizer", tmp_path / "moved/text/train.idx"], "not a sentencepiece model")
     assert call(*words, "--tokenizer", away) == 0
     assert "taken as given" in capfd.readouterr().err
 
@@ -234,10 +235,10 @@ def test_other_data_in_the_data_s_place(corpus, tmp_path, capfd):
     shutil.copytree(corpus.path, home)
     run = tiny_run(change(corpus, path=str(home)), tmp_path / "runs")
     save_untrained(run)
-    manifest = json.loads((home / "manifest.json").read_text())
-    manifest["files"]["train.bin"]["sha256"] = "0" * 64
-    (home / "manifest.json").write_text(json.dumps(manifest))
-    refused(capfd, ["generate", run.folder, "--prompt", "a"], "not the data that", "--tokenizer FILE.model")
+    manifest = read_manifest(home)
+    other = manifest.files["text/train.sums"].model_copy(update={"sha256": "0" * 64})
+    write_manifest(home, manifest.model_copy(update={"files": manifest.files | {"text/train.sums": other}}))
+    refused(capfd, ["generate", run.folder, "--prompt", "a"], "not the data that", "--tokenizer FILE")
 
 
 def test_a_mistake_is_told_without_torch_and_a_text_without_deepspeed(saved):

@@ -12,7 +12,7 @@ from lamella.checkpoint import series, store
 from lamella.config import change, dump, load_run
 from lamella.convert.convert import to_hf, to_lamella
 from lamella.convert.origin import opened
-from lamella.data.manifest import read_manifest
+from lamella.data.store.manifest import read_manifest
 from lamella.errors import UserError
 from lamella.model.init import generator, initialize
 from lamella.model.lm import LanguageModel
@@ -307,7 +307,7 @@ def test_its_tokenizer_must_be_the_data_s(corpus, tmp_path, published):
     folder = shutil.copytree(published[0] / "llama-folder", tmp_path / "there")
     config = run_of(corpus, tmp_path, "new", LLAMA, f"hf:{folder}")
     shutil.copyfile(Path(config.data.path) / "tokenizer.model", folder / "tokenizer.model")
-    assert find(config).origin.tokenizer == read_manifest(Path(config.data.path)).tokenizer
+    assert find(config).origin.tokenizers == {read_manifest(Path(config.data.path)).tokenizer}
     with pytest.raises(UserError, match="another tokenizer"):
         find_start(config, "another", opened)
 

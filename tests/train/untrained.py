@@ -8,7 +8,7 @@ import torch
 from lamella.checkpoint import series, store
 from lamella.checkpoint.planner import Pieces
 from lamella.config import RunConfig
-from lamella.data.manifest import read_manifest
+from lamella.data.store.manifest import read_manifest
 from lamella.model.lm import LanguageModel
 from lamella.nn.shard import placed_parameters
 from tests.nn.building import filled

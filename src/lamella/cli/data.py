@@ -1,19 +1,18 @@
-"""`lamella data prepare`: sources to a folder of tokens."""
+"""`lamella data prepare`: sources to a folder of tokens; `inspect` is in a file of its own."""
 
 import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lamella.cli import inspect
+
 if TYPE_CHECKING:
-    from lamella.data.prepare import Summary
+    from lamella.data.prepare.prepare import Summary
+    from lamella.data.store.manifest import SourceEntry
 
 app = typer.Typer(no_args_is_help=True, help="Corpora: text in, packed tokens out.")
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps `prepare` a subcommand while it is the only one."""
+app.command("inspect")(inspect.inspect)
 
 
 @app.command()
@@ -31,12 +30,9 @@ def prepare(
     config = load_data(file, overrides or [])
     console = Console(stderr=True)
     with console.status("starting") as status:
-        from lamella.data.prepare import prepare as run
+        from lamella.data.prepare.prepare import prepare as run
 
-        def progress(phase: str, documents: int, size: int) -> None:
-            status.update(f"{phase}: {documents:,} documents, {size / 1e6:,.1f} MB")
-
-        summary = run(config, progress, force)
+        summary = run(config, lambda report: status.update(str(report)), force)
     if as_json:
         print(json.dumps(summary.manifest.model_dump(mode="json") | {"already": summary.already}))
         return
@@ -45,22 +41,29 @@ def prepare(
 
 
 def _lines(summary: "Summary") -> list[str]:
+    from lamella.data.store.manifest import SPLITS
+
     manifest = summary.manifest
-    splits = manifest.splits
-    documents, tokens, size = (
-        sum(getattr(s, k) for s in splits.values()) for k in ("documents", "tokens", "text_bytes")
-    )
-    heldout = splits["heldout"]
+    train, heldout = (manifest.total(split) for split in SPLITS)
+    documents, tokens = train.documents + heldout.documents, train.tokens + heldout.tokens
+    size = None if train.text_bytes is None or heldout.text_bytes is None else train.text_bytes + heldout.text_bytes
     if summary.already:
         lines = [f"already prepared: {summary.folder}"]
     else:
         times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in summary.seconds.items())
-        lines = [f"prepared: {summary.folder} ({times})"]
-    lines += [
-        f"  {documents:,} documents, {tokens:,} tokens, {size:,} bytes of text",
-        f"  {tokens / size:.3f} tokens per byte, {manifest.vocab_size:,} pieces",
-        f"  held out: {heldout.documents:,} documents, {heldout.tokens:,} tokens ({heldout.tokens / tokens:.2%})",
-    ]
+        resumed = "; went on from an earlier call" if summary.resumed else ""
+        lines = [f"prepared: {summary.folder} ({times}{resumed})"]
+    text = "" if size is None else f", {size:,} bytes of text"
+    lines.append(f"  {documents:,} documents, {tokens:,} tokens{text}")
+    if size is not None:
+        lines.append(f"  {tokens / size:.3f} tokens per byte, {manifest.vocab_size:,} pieces")
+    share = heldout.tokens / tokens
+    lines.append(f"  held out: {heldout.documents:,} documents, {heldout.tokens:,} tokens ({share:.2%})")
+    if len(manifest.sources) > 1:
+        lines += [_of_source(name, entry) for name, entry in manifest.sources.items()]
+    if duplicates := sum(source.duplicates for source in manifest.sources.values()):
+        kept = "kept" if manifest.config.duplicates == "keep" else "dropped"
+        lines.append(f"  duplicates: {duplicates:,} documents, {kept}")
     if skipped := ", ".join(f"{count:,} {why}" for why, count in manifest.skipped.items() if count):
         lines.append(f"  skipped: {skipped}")
     wanted = manifest.config.tokenizer
@@ -69,3 +72,8 @@ def _lines(summary: "Summary") -> list[str]:
     if not manifest.exact:
         lines.append(f"  warning: {wanted.model} normalises text: decoding will not give the exact documents back")
     return lines
+
+
+def _of_source(name: str, entry: "SourceEntry") -> str:
+    documents, tokens = (sum(getattr(split, key) for split in entry.splits.values()) for key in ("documents", "tokens"))
+    return f"  {name}: {documents:,} documents, {tokens:,} tokens, {entry.duplicates:,} duplicates"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lamella.train.restore import Restored
 
 Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="a run's folder, or one of its checkpoints")]
-TokenizerFile = Annotated[Path | None, typer.Option("--tokenizer", help="a .model file, where the data's is gone")]
+TokenizerFile = Annotated[Path | None, typer.Option("--tokenizer", help="its file or folder, where the data's is gone")]
 Dtype = Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="to compute in; default: as trained")]
 SMALL = 100_000_000  # parameters whose steps are over before threads have met, and far later on a busy machine
 
@@ -123,7 +123,7 @@ class _Continuation:
     """A prompt and what follows it. `ended`: "eod", "stop" or "max_tokens" once nothing more comes."""
 
     def __init__(self, tokenizer: "Tokenizer", prompt: str, ids: list[int], stops: list[str]):
-        from lamella.data.detokenize import Text
+        from lamella.data.tokenizer.detokenize import Text
 
         self.prompt, self.text, self.tokens = prompt, "", 0
         self.ended: str | None = None

@@ -19,7 +19,7 @@ from lamella.convert.theirs import ends, open_theirs, read_block
 from lamella.convert.write import SHARD_BYTES, Kind, Kinds, write_binary, write_json, write_weights
 from lamella.errors import UserError
 from lamella.train.find import find_checkpoint
-from lamella.train.restore import find_data, tokenizer_file
+from lamella.train.restore import find_data, tokenizer_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WORDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -70,7 +70,7 @@ def to_lamella(source: Path, target: Path) -> Converted:
         held = {name: Produced(place, produce(name)) for name, place in found.items()}
         path = save(folder, held, run, tokenizer, Kept(kind.name, tree, WORDS[dtype], others))
         dump(model, folder / "model.yaml")
-    notes = () if tokenizer else (f"{source}: no sentencepiece model, so generate and eval want --tokenizer",)
+    notes = () if tokenizer else (f"{source}: no tokenizer that ends a text, so generate and eval want --tokenizer",)
     return Converted(kind, model, target / path.relative_to(folder), source, dtype, None, notes)
 
 
@@ -98,7 +98,7 @@ def to_hf(
     linked.sort(key=lambda link: -kinds[link.theirs].dtype.itemsize)
     with published(target) as folder:
         if kind.claims is None:
-            tokenizer = tokenizer_file(path, ours.values, find_data(path, ours.values, ours.run))
+            tokenizer = tokenizer_folder(path, ours.values, find_data(path, ours.values, ours.run))
             tree = _common(model, kind) | extras.give_out(path.absolute().parent.parent, tokenizer, folder) | tree
         write_json(folder / CONFIG, _config(tree, came, kind, WORDS[to]))
         tensors = ours.theirs(linked, found, kinds)

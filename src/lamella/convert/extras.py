@@ -1,12 +1,13 @@
 """The files beside the weights: the tokenizer's, and how to generate. They go both ways as they are."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lamella.convert.write import write_json
-from lamella.data.manifest import MODEL
-from lamella.data.tokenizer import Tokenizer
+from lamella.data.tokenizer import Model, Tokenizer, read_model
+from lamella.data.tokenizer.model import HUGGING_FACE, SENTENCEPIECE
 from lamella.errors import UserError
 
 KEPT = "hf"  # the folder, beside a converted checkpoint, that holds theirs
@@ -24,41 +25,46 @@ NAMES = (
 
 
 def take_in(source: Path, target: Path) -> str | None:
-    """Keeps theirs in target/hf, a sentencepiece model beside it too. Returns the digest of one that we can use."""
+    """Keeps theirs in target/hf, a tokenizer that we can use beside it too. Returns the digest of that one."""
     found = [source / name for name in NAMES if (source / name).is_file()]
     if found:
         (target / KEPT).mkdir()
     for file in found:
         shutil.copyfile(file, target / KEPT / file.name)
-    digest = fingerprint(target / KEPT)
-    if digest is not None:
-        shutil.copyfile(target / KEPT / MODEL, target / MODEL)
-    return digest
+    stored = next(_usable(target / KEPT), None)
+    if stored is None:
+        return None
+    stored.write(target)
+    return stored.fingerprint
 
 
-def fingerprint(folder: Path) -> str | None:
-    """The digest of the sentencepiece model there, if we can use it."""
-    file = folder / MODEL
-    if not file.is_file():
-        return None
-    try:
-        return Tokenizer(file.read_bytes(), str(file)).fingerprint
-    except UserError:  # tiktoken's, or one without an end piece
-        return None
+def fingerprints(folder: Path) -> frozenset[str]:
+    """The digests of the tokenizers there that we can use: one, or the same as a tokenizer.json and a .model."""
+    return frozenset(stored.fingerprint for stored in _usable(folder))
+
+
+def _usable(folder: Path) -> Iterator[Model]:
+    for name in (HUGGING_FACE, SENTENCEPIECE):
+        try:
+            stored = read_model(folder / name)
+            stored.open()
+        except UserError:  # not there, tiktoken's, or one that names no end piece
+            continue
+        yield stored
 
 
 def give_out(run_folder: Path, tokenizer: Path | None, target: Path) -> dict[str, Any]:
-    """Theirs as they came; else our tokenizer. Returns what config.json says of it."""
+    """Theirs as they came; else our tokenizer, of the folder. Returns what config.json says of it."""
     kept = sorted((run_folder / KEPT).iterdir()) if (run_folder / KEPT).is_dir() else []
     for file in kept:
         shutil.copyfile(file, target / file.name)
     if tokenizer is None:
         return {}
-    raw = tokenizer.read_bytes()
-    known = Tokenizer(raw, str(tokenizer))
+    stored = read_model(tokenizer)
+    known = stored.open()
     if not kept:
-        (target / MODEL).write_bytes(raw)
-        if known.exact:
+        stored.write(target)
+        if known.exact and SENTENCEPIECE in stored.files:
             write_json(target / "tokenizer_config.json", _as_llama(known))
     return {"bos_token_id": known.eod, "eos_token_id": known.eod}  # it stands before and behind each document
 

@@ -39,7 +39,7 @@ class Published(Origin):
         store.together(lambda: found.append(self._open(where)), where)
         self.theirs = found[0]
         self.model = self.theirs.model
-        self.tokenizer = extras.fingerprint(where)
+        self.tokenizers = extras.fingerprints(where)
         self.routers = {}
 
     @staticmethod

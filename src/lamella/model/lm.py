@@ -9,6 +9,7 @@ from lamella.mixers.base import State
 from lamella.model.layer import Layer
 from lamella.model.stack import plan_layers
 from lamella.model.stage import Stage, make_stages
+from lamella.nn.initializers import Initializer, orthogonal, uniform
 from lamella.nn.linear import Column, Embedding
 from lamella.nn.norm import stream_norm
 from lamella.nn.rows import Rows
@@ -31,12 +32,12 @@ class LanguageModel(nn.Module):
         if first or (last and config.tie_embeddings):
             sizes = config.d_model, config.norm_eps
             norm = stream_norm(config.norm, self.shard, *sizes) if first and config.embedding_norm else None
-            self.embedding = Embedding(self.shard, config.vocab_size, config.d_model, norm)
+            self.embedding = Embedding(self.shard, config.vocab_size, config.d_model, norm, _ends_init(config)[0])
         held = sorted(index for stage in self.stages for index in stage.layers)
         self.layers = nn.ModuleDict({str(i): Layer(config, plans[i], self.shard) for i in held})
         if last:
             self.norm = stream_norm(config.norm, self.shard, config.d_model, config.norm_eps)
-            self.head = Column(self.shard, config.d_model, config.vocab_size)
+            self.head = Column(self.shard, config.d_model, config.vocab_size, init=_ends_init(config)[1])
             if config.tie_embeddings:
                 weight = self.head.weight = self.embedding.weight
                 if not first:
@@ -56,3 +57,12 @@ class LanguageModel(nn.Module):
             state = None if states is None else states.setdefault(str(index), {})
             x = rows.again(layer, x, rows) if rows.recompute == "full" else layer(x, rows, state)
         return self.head(self.norm(x)) if stage.last else x
+
+
+def _ends_init(config: ModelConfig) -> tuple[Initializer, Initializer] | tuple[None, None]:
+    """Of embedding and head; None: the shard's. RWKV's are those of RWKV-LM (BlinkDL), RWKV-v7/train_temp/src/model.py:
+    the embedding, which a norm follows, nearly 0, and the head orthogonal, its values of deviation 0.5 / sqrt(D).
+    """
+    if config.ends_init == "normal":
+        return None, None
+    return uniform(1e-4), orthogonal(0.5 * max(config.vocab_size / config.d_model, 1) ** 0.5)

@@ -83,10 +83,17 @@ class Embedding(nn.Module):
     `norm`, if any, is applied there.
     """
 
-    def __init__(self, shard: Shard, vocab_size: int, d_model: int, norm: nn.Module | None = None):
+    def __init__(
+        self,
+        shard: Shard,
+        vocab_size: int,
+        d_model: int,
+        norm: nn.Module | None = None,
+        init: Initializer | None = None,
+    ):
         super().__init__()
         self.shard, self.norm = shard, norm
-        self.weight = shard.parameter((vocab_size, d_model), shard.normal, split=0, decay=True)
+        self.weight = shard.parameter((vocab_size, d_model), init or shard.normal, split=0, decay=True)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         rows = self.weight.shape[0]

@@ -23,7 +23,8 @@ class Rows:
 
     A position of 0 starts a document anew; a row whose first position is above 0 continues the document of the state
     it is given. `draw` is None outside training (no jitter, no dropout). `loss_scale` is what one row's auxiliary loss
-    weighs in the loss that is differentiated. `record` adds up sums for the step's metrics. `carried` holds what layers
+    weighs in the loss that is differentiated. `record` adds up sums for the step's metrics, `source_BT` tells by which
+    of the data's sources the loss is told apart there (-1 on padding). `carried` holds what layers
     hand on beside the stream, by name; a mixer's `carries` declares it. `recompute` is what backward computes anew:
     "selective" what parts do between their projections, "full" whole layers.
     """
@@ -33,6 +34,7 @@ class Rows:
     draw: Draw | None = None
     loss_scale: float = 0.0
     record: Record | None = None
+    source_BT: Tensor | None = None
     carried: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     recompute: Recompute = "none"
 

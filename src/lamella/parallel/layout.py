@@ -54,11 +54,14 @@ class Layout:
             others.append(f"{self.recompute} recomputation")
         return ", ".join([" x ".join(words).replace(" x with", " with"), *others])
 
-    def micro_batches(self, data_rank: int) -> list[range]:
-        """The rows of a step that a data rank computes, in the pieces that it computes them in."""
-        share = self.global_batch_size // self.data
-        first = data_rank * share
-        return [range(r, r + self.micro_batch) for r in range(first, first + share, self.micro_batch)]
+    @property
+    def micro_batch_count(self) -> int:
+        """How many a data rank computes in a step."""
+        return self.global_batch_size // self.data // self.micro_batch
+
+    def micro_batches(self, rows: list[int]) -> list[list[int]]:
+        """A data rank's rows of a step in the pieces that it computes them in."""
+        return [rows[r : r + self.micro_batch] for r in range(0, len(rows), self.micro_batch)]
 
     def rank_of(self, stage: int) -> int:
         """The pipeline rank that holds a stage: round and round, or for zbv there and back."""

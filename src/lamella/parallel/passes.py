@@ -10,14 +10,15 @@ from torch import Tensor
 from lamella.model.lm import LanguageModel
 from lamella.nn.rows import Rows
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # of logits [B, T, V] (this rank's columns) and targets [B, T]: a scalar
-
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
     tokens: Tensor
     targets: Tensor
     rows: Rows
+
+
+Loss = Callable[[Tensor, MicroBatch], Tensor]  # of logits [B, T, V] (this rank's columns): a scalar
 
 
 class Passes(Protocol):
@@ -46,7 +47,7 @@ class Sequential:
     def train(self, batches: Iterable[MicroBatch], weight: float, mark: Callable[[str], None]) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in batches:
-            loss = self.loss(self.module(batch.tokens, batch.rows), batch.targets)
+            loss = self.loss(self.module(batch.tokens, batch.rows), batch)
             mark("forward")
             self.backward(loss * weight)
             mark("backward")
@@ -57,5 +58,5 @@ class Sequential:
     def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in batches:
-            total += self.loss(self.module(batch.tokens, batch.rows), batch.targets)
+            total += self.loss(self.module(batch.tokens, batch.rows), batch)
         return total

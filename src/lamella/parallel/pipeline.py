@@ -38,7 +38,7 @@ class Pipeline:
     def __init__(self, model: LanguageModel, loss: Loss, mesh: Mesh, length: int):
         layout = mesh.layout
         self.model, self.loss, self.mesh, self.length, self.device = model, loss, mesh, length, mesh.device
-        self.count = len(layout.micro_batches(0))
+        self.count = layout.micro_batch_count
         self.batches: list[MicroBatch] = []
         self.weight = 1.0
         self.total = torch.zeros((), dtype=torch.float64, device=mesh.device)
@@ -85,7 +85,7 @@ class Pipeline:
                     values = self._receive(stage)
                 values = held.run(batch, *values)
                 if stage.last:
-                    total += self.loss(values[0], batch.targets)
+                    total += self.loss(values[0], batch)
                 elif not self._is_here(stage.index + 1):
                     sent += self._send(stage, values)
                 while len(sent) > AHEAD:
@@ -110,7 +110,7 @@ class Pipeline:
         return [(dist.isend(value, target, group=self.mesh.pipeline), value) for value in values]
 
     def _weighted_loss(self, logits_BTV: Tensor, number: Tensor) -> Tensor:
-        loss = self.loss(logits_BTV, self.batches[int(number)].targets)
+        loss = self.loss(logits_BTV, self.batches[int(number)])
         self.total += loss.detach()
         return loss * self.weight
 

@@ -4,30 +4,35 @@ A chart is None where the run has nothing of its kind (no mixture of experts, no
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from lamella.train.history import Bins, History, label, smooth
+from lamella.train.plot import (
+    BLUE,
+    FILLS,
+    MOST_POINTS,
+    a_line_each,
+    legend,
+    over_steps,
+    plain_log_ticks,
+    raw_and_smooth,
+)
 
-WIDTH = 8.5  # inches: the default font sizes then read well where a page shows the picture 1000 pixels wide
-RAW, BLUE, RED = "#a8a8a8", "#0a4a90", "#c2410c"  # apart from each other in grey as well
-LINES = (("#000000", "-"), ("#0a4a90", "--"), ("#c2410c", "-."), ("#2f7d5b", ":"), ("#7a7a7a", "-"), ("#7a7a7a", "--"))
-FILLS = (("#f2f2f2", ".."), ("#b9cfe6", ""), ("#5f86b3", "//"), ("#1f3a5f", ""), ("#d9a066", "xx"), ("#ffffff", "++"))
-MOST_POINTS, MOST_COLUMNS, MOST_STACKED = 1500, 300, 120
+MOST_COLUMNS, MOST_STACKED = 300, 120
 
 
 def loss(history: History) -> Figure:
     """Training and held-out loss; a second scale gives bits per byte, by the held-out text's bytes per token."""
-    figure, (axes,) = _figure(history, "loss", [4.6])
+    figure, (axes,) = over_steps(history, "loss", [4.6])
     values = history.column("loss")
-    _raw_and_smooth(axes, history.step, values, "training, each step", "training, smoothed")
+    raw_and_smooth(axes, history.step, values, "training, each step", "training, smoothed")
     held, bits = history.column("heldout_loss"), history.column("heldout_bits_per_byte")
     known = np.isfinite(held)
     if known.any():
@@ -55,7 +60,7 @@ def loss(history: History) -> Figure:
 
 def optimization(history: History) -> Figure:
     """Learning rate above, gradient norm beneath, and where it was clipped."""
-    figure, (above, below) = _figure(history, "learning rate and gradient norm", [2.2, 3.0])
+    figure, (above, below) = over_steps(history, "learning rate and gradient norm", [2.2, 3.0])
     bins = Bins(history.step, MOST_POINTS)
     marker = "o" if len(history.step) == 1 else ""
     above.plot(bins.center, bins.mean(history.column("lr")), color="black", marker=marker, label="learning rate")
@@ -64,7 +69,7 @@ def optimization(history: History) -> Figure:
     above.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
     norm = history.column("grad_norm")
     norm = np.where(norm > 0, norm, np.nan)
-    _raw_and_smooth(below, history.step, norm, "each step", "smoothed")
+    raw_and_smooth(below, history.step, norm, "each step", "smoothed")
     known = norm[np.isfinite(norm)]
     if history.clip_norm and known.size:
         share = np.mean(known > history.clip_norm)
@@ -72,7 +77,7 @@ def optimization(history: History) -> Figure:
         below.axhline(history.clip_norm, color=BLUE, linestyle="--", label=name)
     if known.size:
         below.set_yscale("log")
-        _plain_log_ticks(below)
+        plain_log_ticks(below)
     below.set_ylabel("gradient norm (log scale)")
     legend(below)
     return figure
@@ -80,9 +85,9 @@ def optimization(history: History) -> Figure:
 
 def throughput(history: History) -> Figure:
     """Tokens a second with their median."""
-    figure, (axes,) = _figure(history, "throughput", [3.6])
+    figure, (axes,) = over_steps(history, "throughput", [3.6])
     speed = history.column("tokens_per_second")
-    _raw_and_smooth(axes, history.step, speed, "each step", "smoothed")
+    raw_and_smooth(axes, history.step, speed, "each step", "smoothed")
     if np.isfinite(speed).any():
         median = float(np.nanmedian(speed))
         axes.axhline(median, color=BLUE, linestyle="--", label=f"median {median:,.0f}")
@@ -90,6 +95,24 @@ def throughput(history: History) -> Figure:
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
     legend(axes)
+    return figure
+
+
+def sources(history: History) -> Figure | None:
+    """Loss by source of the data, and each one's share of the tokens beneath; nothing where there is one source."""
+    names = history.sources()
+    if not names:
+        return None
+    figure, (loss, share) = over_steps(history, "loss by source", [4.0, 1.6])
+    bins = Bins(history.step, MOST_COLUMNS)
+    a_line_each(loss, bins, names, [smooth(history.column("sources", name, "loss")) for name in names], "source")
+    loss.set_ylabel("loss (nats per token), smoothed")
+    tokens = np.nan_to_num(np.stack([history.column("sources", name, "tokens") for name in names]))
+    parts = list(100 * tokens / np.maximum(tokens.sum(axis=0), 1))
+    a_line_each(share, bins, names, parts, "source")
+    share.set_ylabel("share of the\ntokens (%)")
+    share.set_ylim(bottom=0)
+    legend(loss)
     return figure
 
 
@@ -102,7 +125,7 @@ def experts(history: History) -> Figure | None:
     loads = [bins.mean(history.load(layer)) for layer in layers]
     sizes = [load.shape[1] for load in loads]
     tall = min(6.0, max(2.6, 0.16 * sum(sizes)))
-    figure, (heat, drop, entropy) = _figure(history, "load of the experts", [tall, 1.1, 1.9])
+    figure, (heat, drop, entropy) = over_steps(history, "load of the experts", [tall, 1.1, 1.9])
     image = bins.spread(np.concatenate(loads, axis=1)).T
     limit = _load_limit(image)
     picture = heat.imshow(
@@ -117,12 +140,12 @@ def experts(history: History) -> Figure | None:
     heat.grid(False)
     heat.tick_params(axis="y", length=0)
     _load_scale(figure, heat, picture, limit, tall)
-    _per_layer(drop, bins, layers, [100 * history.column("moe", x, "dropped") for x in layers])
+    a_line_each(drop, bins, [label(x) for x in layers], [100 * history.column("moe", x, "dropped") for x in layers])
     drop.set_ylabel("dropped (%)")
     top = max(1.0, 1.1 * drop.get_ylim()[1])
     drop.set_ylim(-0.06 * top, top)  # a line of zeros stays apart from the frame
     drop.yaxis.set_major_locator(MaxNLocator(3))
-    _per_layer(entropy, bins, layers, [history.column("moe", x, "entropy") for x in layers])
+    a_line_each(entropy, bins, [label(x) for x in layers], [history.column("moe", x, "entropy") for x in layers])
     for even in sorted({math.log(n) for n in sizes}):
         entropy.axhline(even, color="#555555", linewidth=0.8, label=f"even: ln {round(math.exp(even))} = {even:.2f}")
     entropy.set_ylabel("router entropy\n(nats per token)")
@@ -135,7 +158,7 @@ def seconds(history: History) -> Figure | None:
     parts = history.parts()
     if not parts:
         return None
-    figure, (axes,) = _figure(history, "time of a step", [4.2])
+    figure, (axes,) = over_steps(history, "time of a step", [4.2])
     bins = Bins(history.step, MOST_STACKED)
     columns = np.stack([1000 * history.column("seconds", part) for part in parts])
     timed = np.isfinite(columns).any(axis=0)
@@ -176,55 +199,10 @@ CHARTS: dict[str, Callable[[History], Figure | None]] = {
     "loss": loss,
     "optimization": optimization,
     "throughput": throughput,
+    "sources": sources,
     "experts": experts,
     "time": seconds,
 }
-
-
-def _figure(history: History, title: str, heights: list[float]) -> tuple[Figure, list[Axes]]:
-    """Panels one above the other that share the steps."""
-    figure = Figure(figsize=(WIDTH, sum(heights) + 0.6), layout="constrained", facecolor="white")
-    grid = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
-    panels: list[Axes] = list(grid[:, 0])
-    figure.suptitle(f"{history.name}: {title}", fontweight="bold")
-    first, last = int(history.step[0]), int(history.step[-1])
-    for axes in panels:
-        axes.set_axisbelow(True)
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[-1].set_xlabel("step")
-    panels[-1].set_xlim(first - 0.5, last + 0.5)
-    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    panels[-1].xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    return figure, panels
-
-
-def _raw_and_smooth(axes: Axes, step: np.ndarray, values: np.ndarray, raw: str, mean: str) -> None:
-    """Every value thin, above it their running mean. Of many steps the lowest and highest of each stretch stay."""
-    bins = Bins(step, MOST_POINTS)
-    low, high = bins.range(values)
-    x, y = (step, values) if len(step) <= MOST_POINTS else (np.repeat(bins.center, 2), np.stack([low, high], 1).ravel())
-    count = np.isfinite(values).sum()
-    if not count:
-        axes.text(0.5, 0.5, "no finite value was logged", transform=axes.transAxes, ha="center")
-    axes.plot(x, y, color=RAW, linewidth=0.7, marker="o" if count == 1 else "", markersize=4, label=raw)
-    axes.plot(bins.center, bins.mean(smooth(values)), color="black", linewidth=1.8, label=mean)
-
-
-def _per_layer(axes: Axes, bins: Bins, layers: list[str], columns: list[np.ndarray]) -> None:
-    """One line a layer; of many layers their range and median."""
-    lines = [bins.mean(column) for column in columns]
-    marker = "o" if len(bins.center) == 1 else ""
-    if len(layers) <= len(LINES):
-        for layer, line, (colour, style) in zip(layers, lines, LINES, strict=False):
-            look = {"linestyle": style, "color": colour, "marker": marker, "linewidth": 1.4}
-            axes.plot(bins.center, line, label=label(layer), **look)
-    else:
-        stack = np.stack(lines)
-        low, high = np.fmin.reduce(stack), np.fmax.reduce(stack)
-        axes.fill_between(bins.center, low, high, color="#d0d0d0", label=f"lowest to highest of {len(layers)} layers")
-        middle = np.array([np.median(c[np.isfinite(c)]) if np.isfinite(c).any() else np.nan for c in stack.T])
-        axes.plot(bins.center, middle, color="black", marker=marker, linewidth=1.4, label="median layer")
 
 
 def _load_limit(image: np.ndarray) -> float:
@@ -252,15 +230,3 @@ def _load_scale(figure: Figure, heat: Axes, picture: AxesImage, limit: float, ta
     bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.ax.set_yticklabels([names[p] for p in powers])
     bar.set_label("tokens, relative to an even share")
-
-
-def _plain_log_ticks(axes: Axes) -> None:
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def legend(axes: Axes, handles: Sequence[Artist] | None = None) -> None:
-    """Above the panel, where it covers no data."""
-    found = axes.get_legend_handles_labels()[0] if handles is None else handles
-    axes.legend(handles=found, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, frameon=False, borderaxespad=0.2)

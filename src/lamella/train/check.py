@@ -2,12 +2,13 @@
 
 from lamella.checkpoint import series
 from lamella.config import RunConfig
-from lamella.data.stream import HeldoutRows, TrainRows
+from lamella.data.stream import heldout_rows
 from lamella.errors import UserError
 from lamella.model.count import count
 from lamella.parallel.layout import Layout, resolve
 from lamella.train.folder import open_folder
 from lamella.train.init_from import Open, Saved, find_start
+from lamella.train.rows import open_rows
 from lamella.train.saving import mirror_of
 
 
@@ -18,8 +19,8 @@ def check(run: RunConfig, world: int, opened: Open = Saved) -> Layout:
     decay = train.schedule.decay_steps
     if train.schedule.kind == "wsd" and not 0 < decay <= train.steps:
         raise UserError(f"train.schedule.decay_steps={decay} must lie in 1..train.steps={train.steps}")
-    data = TrainRows(run.data, train.sequence_length, train.global_batch_size, train.seed)
-    HeldoutRows(run.data, train.sequence_length)
+    data = open_rows(run)
+    heldout_rows(run.data, train.sequence_length)
     if data.vocab_size > run.model.vocab_size:
         raise UserError(
             f"model.vocab_size={run.model.vocab_size} is smaller than the tokenizer's {data.vocab_size} pieces"
@@ -43,7 +44,7 @@ def describe(run: RunConfig, layout: Layout) -> str:
             f"{run.name}: {sizes.parameters:,} parameters, {sizes.active:,} active a token,"
             f" {per_token / 1e6:.1f} MFLOP a token in training",
             f"layout: {layout.world} processes = {layout},"
-            f" {len(layout.micro_batches(0))} micro-batches of {layout.micro_batch} rows",
+            f" {layout.micro_batch_count} micro-batches of {layout.micro_batch} rows",
             f"{train.steps} steps of {train.global_batch_size} x {train.sequence_length} tokens = {tokens:,}",
         ]
     )

@@ -36,6 +36,10 @@ class History:
         """The mixtures of experts, in the order of the stack."""
         return in_order({layer for line in self.lines for layer in line.get("moe", {})})
 
+    def sources(self) -> list[str]:
+        """The sources that the loss is told apart by, in the data's order."""
+        return list(dict.fromkeys(name for line in self.lines for name in line.get("sources", {})))
+
     def load(self, layer: str) -> np.ndarray:
         """[steps, experts]: each expert's share of the layer's tokens, 1 where it is even."""
         rows = [_at(line, ("moe", layer, "load")) or [] for line in self.lines]

@@ -32,13 +32,13 @@ CURE = "take the model that it holds, or that one with an mlp made a moe"
 
 
 class Origin(ABC):
-    """Weights of a model by the names of its parameters. `path` finds it again; `tokenizer`: its digest, if known;
-    `routers`: what each kept.
+    """Weights of a model by the names of its parameters. `path` finds it again; `tokenizers`: digests of those that
+    give its ids, none where unknown; `routers`: what each kept.
     """
 
     path: str
     model: ModelConfig
-    tokenizer: str | None
+    tokenizers: frozenset[str]
     routers: dict[str, Any]
 
     @abstractmethod
@@ -62,7 +62,8 @@ class Saved(Origin):
         self.checkpoint = store.together(lambda: find_checkpoint(where), where)[0]  # it may not be the newest for long
         values, run = read_run(self.checkpoint)
         self.path, self.model = str(self.checkpoint), run.model
-        self.tokenizer, self.routers = values.get("tokenizer"), values.get("routers", {})
+        self.tokenizers = frozenset([values["tokenizer"]] if "tokenizer" in values else [])
+        self.routers = values.get("routers", {})
 
     def fit(self, model: ModelConfig, length: int) -> None:
         pass  # options that have no tensor may change
@@ -92,7 +93,7 @@ def find_start(run: RunConfig, tokenizer: str, opened: Open = Saved) -> Start | 
         return None
     origin = opened(run.train.init_from)
     path = origin.path
-    if origin.tokenizer not in (None, tokenizer):
+    if origin.tokenizers and tokenizer not in origin.tokenizers:
         raise UserError(f"{path}: was trained with another tokenizer than {run.data.path} has; prepare data with that")
     origin.fit(run.model, run.train.sequence_length)
     sources = _sources(path, origin.model, run.model)

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from lamella.train.charts import FILLS, RED, WIDTH, legend
 from lamella.train.layout_record import LayoutRecord, Slot, timeline
+from lamella.train.plot import FILLS, RED, WIDTH, legend
 
 ROOM = WIDTH - 1.9  # inches of a panel, beside its labels
 WITH_NUMBERS, WITHOUT, MOST_ROWS = 26, 72, 24  # ranks side by side; rows of ranks

@@ -136,7 +136,7 @@ def describe(run: RunConfig, layout: "Layout") -> LayoutRecord:
         layout.expert,
         layout.zero,
         layout.schedule,
-        len(layout.micro_batches(0)),
+        layout.micro_batch_count,
         tuple(stages),
     )
 

@@ -1,12 +1,11 @@
 """Pretraining, from a validated run to its last checkpoint."""
 
 import signal
-from functools import partial
 from types import FrameType
 
 from lamella.checkpoint import series, store
 from lamella.config import RunConfig, change
-from lamella.data.stream import HeldoutRows, TrainRows
+from lamella.data.stream import heldout_rows
 from lamella.errors import EXIT_REQUEUE
 from lamella.nn.record import Record
 from lamella.parallel import layout as layouts
@@ -19,12 +18,14 @@ from lamella.train import state
 from lamella.train.balance import Balance
 from lamella.train.clock import Clock
 from lamella.train.evaluate import evaluate
+from lamella.train.feed import Feed
 from lamella.train.folder import open_folder
 from lamella.train.init_from import Open, Saved, fill, find_start
-from lamella.train.loss import sum_nats
-from lamella.train.metrics import Totals, moe_metrics
+from lamella.train.loss import make_loss
+from lamella.train.metrics import Totals, moe_metrics, source_metrics
 from lamella.train.optimizer import learning_rate, make_optimizer
 from lamella.train.reports import Reports
+from lamella.train.rows import open_rows
 from lamella.train.saving import Saver, mirror_of
 from lamella.train.say import say
 from lamella.train.step import accumulate_gradients
@@ -38,8 +39,9 @@ class Run:
     def __init__(self, config: RunConfig, mesh: Mesh, opened: Open = Saved):
         train = config.train
         self.mesh, self.folder = mesh, config.folder
-        self.data = TrainRows(config.data, train.sequence_length, train.global_batch_size, train.seed)
-        self.heldout = HeldoutRows(config.data, train.sequence_length)
+        self.data = open_rows(config, quarantine=True)
+        self.feed = Feed(self.data, mesh, config.layout.read_ahead)
+        self.heldout = heldout_rows(config.data, train.sequence_length)
         mirror = mirror_of(config) if mesh.first else None
         newest, passed_over = series.newest_whole(self.folder / "checkpoints", mirror)
         start = None
@@ -54,7 +56,7 @@ class Run:
         if start is not None:
             fill(start, self.model, self.balance)
         self.zero = Zero(self.model, make_optimizer(self.model, train.optimizer), train.optimizer.clip_norm, mesh)
-        loss = partial(sum_nats, self.model.shard)
+        loss = make_loss(self.model.shard, len(self.data.names))
         self.passes = make_passes(self.model, self.zero, loss, mesh, train.sequence_length)
         self.totals = Totals(mesh)
         self.step = 0 if newest is None else state.load(newest, self.zero, self.balance)
@@ -75,7 +77,7 @@ class Run:
         train, record = self.config.train, Record()
         lr = learning_rate(self.step, train.steps, train.optimizer.lr, train.schedule)
         self.clock.take()
-        nats = accumulate_gradients(self.passes, self.data, self.mesh, self.step, train.seed, record, self.clock)
+        nats = accumulate_gradients(self.passes, self.feed, self.mesh, self.step, train.seed, record, self.clock)
         grad_norm = self.zero.step(lr)
         self.clock.mark("optimizer")
         record.add("nats", nats)
@@ -93,6 +95,7 @@ class Run:
             "seconds": seconds,
         }
         line |= moe_metrics(total, tokens, train.global_batch_size)
+        line |= source_metrics(total, self.data, self.step)
         self.step += 1
         self.heldout_loss = None
         if self.step % train.evaluate.every == 0 or self.step == train.steps:
@@ -136,6 +139,7 @@ def train(config: RunConfig, opened: Open = Saved) -> int:
         if stopped or run.step % config.train.checkpoint.every == 0 or run.step == config.train.steps:
             run.save()
     run.saver.close()
+    run.feed.close()
     meshes.leave()
     if run.reports is not None:
         run.reports.close(stopped)

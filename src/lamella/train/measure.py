@@ -30,8 +30,9 @@ from lamella.parallel.seat import find_seat
 from lamella.parallel.zero import Zero
 from lamella.train.balance import Balance
 from lamella.train.clock import Clock
+from lamella.train.feed import Feed
 from lamella.train.held import Held
-from lamella.train.loss import sum_nats
+from lamella.train.loss import make_loss
 from lamella.train.metrics import Totals
 from lamella.train.optimizer import make_optimizer
 from lamella.train.probe import ProbeRows, given_gradient, perturb
@@ -73,7 +74,7 @@ def measure(
     mesh = meshes.join(seat, resolve(run.model_copy(update={"layout": layout}), seat.world), timeout=120)
     model = build_model(run.model, mesh, "bf16" if precision == "bf16" else "fp32", seed)
     perturb(model, seed, draw)
-    data = ProbeRows(run.model.vocab_size, run.train.sequence_length, seed)
+    data = Feed(ProbeRows(run.model.vocab_size, run.train.sequence_length, seed), mesh)
     watch = CloseCalls(model)
     watch_outputs(model)
     optimizer = SGD(model.parameters(), lr=rate[0], momentum=MOMENTUM)
@@ -103,7 +104,7 @@ class _Engine:
         self, run: RunConfig, model: LanguageModel, optimizer: SGD, rate: tuple[float, float], mesh: Mesh
     ):
         zero = Zero(model, optimizer, rate[1], mesh)
-        loss = functools.partial(sum_nats, model.shard)
+        loss = make_loss(model.shard)
         self.passes: Passes = make_passes(model, zero, loss, mesh, run.train.sequence_length)
         self.parameters, self.gradients = zero.parameters, zero.gradients
         self.step: Callable[[], float] = lambda: zero.step(rate[0])
@@ -116,7 +117,7 @@ class _Double:
         model.double()
         model.shard.dtype = torch.float64
         self.model, self.optimizer, self.rate = model, optimizer, rate
-        self.passes: Passes = Sequential(model, functools.partial(sum_nats, model.shard))
+        self.passes: Passes = Sequential(model, make_loss(model.shard))
 
     def parameters(self) -> Iterable[tuple[str, Place, Tensor]]:
         return [(n, p.place, p.detach().clone()) for n, p in placed_parameters(self.model)]

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lamella.data.stream import TrainRows
 from lamella.parallel.mesh import Mesh
 
 
@@ -32,6 +33,17 @@ class Totals:
         if self.mesh.layout.pipeline > 1:
             dist.all_gather_object(everyone, mine)
         return {name: shape for one in everyone for name, shape in one.items()}
+
+
+def source_metrics(sums: dict[str, Tensor], data: TrainRows, step: int) -> dict[str, Any]:
+    """Per source of the data: tokens, and loss in nats a token; nothing where there is one source.
+
+    {"sources": {name: {...}}}
+    """
+    if "source/nats" not in sums:
+        return {}
+    each = zip(data.names, sums["source/nats"].tolist(), data.source_counts(step), strict=True)
+    return {"sources": {name: {"tokens": n, "loss": nats / n if n else None} for name, nats, n in each}}
 
 
 def moe_metrics(sums: dict[str, Tensor], tokens: int, rows: int) -> dict[str, Any]:

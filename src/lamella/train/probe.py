@@ -6,12 +6,15 @@ projection or a norm at 1 would hide a fault); jitter and dropout are on.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lamella.config import LayoutConfig, ModelConfig, RunConfig, change
-from lamella.data.stream import Batch
+from lamella.data.batch import Batch
+from lamella.data.deal import deal
 from lamella.model.init import cut, generator
 from lamella.model.stack import plan_layers
 from lamella.nn.shard import Place, placed_parameters
@@ -66,11 +69,19 @@ class ProbeRows:
     length: int
     seed: int
 
-    def batch(self, step: int, rows: range) -> Batch:
-        return Batch(*(torch.stack(t) for t in zip(*(self._row(step, r) for r in rows), strict=True)))
+    def batch(self, step: int, rows: Sequence[int]) -> Batch:
+        tokens, targets, document, position = map(torch.stack, zip(*(self._row(step, r) for r in rows), strict=True))
+        return Batch(tokens, targets, document, position, document.clamp(max=0))
 
     def target_count(self, step: int) -> int:
-        return sum(int((self._row(step, r)[1] >= 0).sum()) for r in range(ROWS))
+        return int(self._targets(step).sum())
+
+    def deal(self, step: int, ranks: int) -> list[list[int]]:
+        """As training deals rows, by their targets: so that no rank has its rows in their order."""
+        return deal(self._targets(step), ranks).tolist()
+
+    def _targets(self, step: int) -> np.ndarray:
+        return np.array([int((self._row(step, r)[1] >= 0).sum()) for r in range(ROWS)])
 
     def _row(self, step: int, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Row 0 has a single real token, so that experts go without; every third row is full."""

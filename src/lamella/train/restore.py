@@ -4,7 +4,6 @@ A checkpoint holds the fp32 masters by their global names, so the whole model is
 """
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +15,8 @@ from lamella.channels.moe.experts import Experts
 from lamella.checkpoint import store
 from lamella.checkpoint.planner import Pieces
 from lamella.config import ModelConfig, RunConfig, change
-from lamella.data.manifest import MANIFEST, MODEL, Manifest, read_manifest
-from lamella.data.tokenizer import Tokenizer, read_model
+from lamella.data.store.manifest import MANIFEST, Manifest, read_manifest
+from lamella.data.tokenizer import FILES, Tokenizer, read_model
 from lamella.errors import UserError
 from lamella.model.lm import LanguageModel
 from lamella.model.stack import plan_layers
@@ -28,7 +27,7 @@ from lamella.train.find import find_checkpoint
 
 FORMAT = 1  # that state.py writes; to import it from there is to import DeepSpeed
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-GIVE = "give the one it was trained with: --tokenizer FILE.model"
+GIVE = "give the one it was trained with: --tokenizer FILE"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +51,7 @@ def restore(
     """The model on `Whole`, whole and without gradients, on this machine's device; its configuration and tokenizer.
 
     `where` is a checkpoint, or a run's folder for its newest. `dtype` is what the model computes in (None: as it was
-    trained), `tokenizer` a .model file instead of the data's. With `capacity` off no expert turns a token away.
+    trained), `tokenizer` a file or folder instead of the data's. With `capacity` off no expert turns a token away.
 
     Raises UserError: no checkpoint there, a damaged one, one of another format; a tokenizer that is missing or is not
     the one of training.
@@ -136,15 +135,19 @@ def _fingerprint(values: dict[str, Any], data: tuple[Path, Manifest] | None) -> 
     return data[1].tokenizer if data is not None and data[1].fingerprint == values["data"] else None
 
 
-def tokenizer_file(path: Path, values: dict[str, Any], data: tuple[Path, Manifest] | None) -> Path | None:
-    """The .model file of training: beside the checkpoint's run, where a converted one has it, else its data's."""
+def tokenizer_folder(path: Path, values: dict[str, Any], data: tuple[Path, Manifest] | None) -> Path | None:
+    """The folder with the tokenizer of training: the run's, where a converted one has it, else its data's."""
     known = _fingerprint(values, data)
-    places = [path.absolute().parent.parent / MODEL] + ([data[0] / MODEL] if data is not None else [])
-    return next((file for file in places if known and file.is_file() and _digest(file) == known), None)
+    places = [path.absolute().parent.parent] + ([data[0]] if data is not None else [])
+    return next((place for place in places if known and _stored(place) == known), None)
 
 
-def _digest(file: Path) -> str:
-    return hashlib.sha256(read_model(file)).hexdigest()
+def _stored(folder: Path) -> str | None:
+    """The fingerprint of the tokenizer in a folder, if there is a whole one."""
+    try:
+        return read_model(folder).fingerprint
+    except UserError:
+        return None
 
 
 def _tokenizer(
@@ -152,19 +155,19 @@ def _tokenizer(
 ) -> Tokenizer:
     known = _fingerprint(values, data)
     if given is None:
-        given = tokenizer_file(path, values, data)
+        given = tokenizer_folder(path, values, data)
     if given is None:
         if data is None:
             raise UserError(f"{run.data.path}: no prepared data there, so no tokenizer for {path}; {GIVE}")
         if known is None:
             raise UserError(f"{data[0]}: not the data that {path} was trained on, nor surely its tokenizer; {GIVE}")
-        given = data[0] / MODEL
-        if not given.is_file():
-            raise UserError(f"{given}: missing; {GIVE}")
-    raw = read_model(given)
-    if known is not None and hashlib.sha256(raw).hexdigest() != known:
+        given = data[0]
+        if gone := [given / n for n in FILES if n in data[1].files and not (given / n).is_file()]:
+            raise UserError(f"{gone[0]}: missing; {GIVE}")
+    stored = read_model(given)
+    if known is not None and stored.fingerprint != known:
         raise UserError(f"{given}: not the tokenizer of {path}; {GIVE}")
-    tokenizer = Tokenizer(raw, str(given))
+    tokenizer = stored.open()
     if tokenizer.vocab_size > run.model.vocab_size:
         size = run.model.vocab_size
         raise UserError(f"{given}: has {tokenizer.vocab_size} pieces, the model of {path} knows {size}; {GIVE}")

@@ -16,11 +16,9 @@ import torch
 
 from lamella.config import DataConfig, SourceConfig
 from lamella.data import sources
-from lamella.data.manifest import MODEL, open_prepared, read_manifest
-from lamella.data.pack import plan_epoch
-from lamella.data.stream import HeldoutRows
-from lamella.data.tokenizer import Tokenizer
-from lamella.data.tokens import TokenFile, TokenWriter, token_dtype
+from lamella.data.store.manifest import open_prepared, read_manifest
+from lamella.data.store.tokens import TokenFile, TokenWriter, token_dtype
+from lamella.data.stream import HeldoutRows, split_rows
 from lamella.errors import UserError
 from lamella.nn.rows import Rows
 from lamella.train.loss import sum_nats
@@ -39,27 +37,18 @@ class Score:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-class StoredRows(HeldoutRows):
-    """Any stored documents in rows, as `HeldoutRows` deals out the held-out ones."""
-
-    def __init__(self, stored: TokenFile, tokenizer: Tokenizer, text_bytes: int, sequence_length: int):
-        self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
-        self.bytes_per_token = text_bytes / int(stored.lengths.sum(dtype=np.int64))
-        self._stored, self._length = stored, sequence_length
-        self._plan = plan_epoch(stored.lengths, sequence_length, seed=0, epoch=0)
-        self.num_rows = self._plan.num_rows
-
-
 def prepared_rows(data: DataConfig, split: Literal["heldout", "train"], restored: Restored) -> HeldoutRows:
     """The rows of a split. Raises UserError: as `open_prepared`, or prepared with another tokenizer than the run's."""
     used = read_manifest(Path(data.path)).config.tokenizer  # whatever `data` says: the run's is what counts
     prepared = open_prepared(data.model_copy(update={"tokenizer": used}))
     if prepared.tokenizer.fingerprint != restored.tokenizer.fingerprint:
-        own = Path(restored.run.data.path) / MODEL
+        own = restored.run.data.path
         raise UserError(f"{data.path}: its tokens are another tokenizer's; prepare it with tokenizer.model={own}")
-    text_bytes = prepared.manifest.splits[split].text_bytes
-    length = restored.run.train.sequence_length
-    return StoredRows(prepared.splits[split], prepared.tokenizer, text_bytes, length)
+    if prepared.manifest.total(split).text_bytes is None:
+        raise UserError(
+            f"{data.path}: bytes of text are unknown for {split} tokens that were used in place; take heldout"
+        )
+    return split_rows(prepared, split, restored.run.train.sequence_length)
 
 
 def text_rows(files: Sequence[str], restored: Restored) -> HeldoutRows:
@@ -79,7 +68,7 @@ def text_rows(files: Sequence[str], restored: Restored) -> HeldoutRows:
         writer.close()
         stored = TokenFile(prefix)  # the maps outlive the files' names
     text_bytes = sum(len(t.encode(errors="surrogatepass")) for t in texts)
-    return StoredRows(stored, tokenizer, text_bytes, restored.run.train.sequence_length)
+    return HeldoutRows([stored], tokenizer, text_bytes, restored.run.train.sequence_length)
 
 
 @torch.inference_mode()

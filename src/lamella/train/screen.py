@@ -91,6 +91,7 @@ class Screen:
         median = statistics.median(self.speeds)
         yield _row("speed", f"{line['tokens_per_second']:,.0f} tokens/s   median {median:,.0f}")
         yield from _time(line.get("seconds", {}), width)
+        yield from _sources(line.get("sources", {}))
         yield from _experts(line.get("moe", {}), width, height - 12)
 
     def _progress(self, width: int) -> Text:
@@ -146,6 +147,15 @@ def _time(seconds: dict[str, float], width: int) -> Iterator[Text]:
         (f"{fill} {p} {seconds[p] / total:.0%}   ", colour) for p, (fill, colour) in zip(parts, kinds, strict=True)
     ]
     yield _row("", *words)
+
+
+def _sources(found: dict[str, dict[str, Any]]) -> Iterator[Text]:
+    """Each source's loss, and its share of the step's tokens."""
+    if found:
+        total = sum(one["tokens"] for one in found.values()) or 1
+        seen = {name: one for name, one in found.items() if one["tokens"]}
+        words = [f"{name} {one['loss']:.4f} ({one['tokens'] / total:.0%})" for name, one in seen.items()]
+        yield _row("sources", "   ".join(words))
 
 
 def _experts(layers: dict[str, dict[str, Any]], width: int, most: int) -> Iterator[Text]:

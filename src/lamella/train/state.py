@@ -21,6 +21,7 @@ from lamella.parallel.zero import Zero
 from lamella.train.balance import Balance
 
 FORMAT = 1
+KEYS = ("sequence_length", "global_batch_size", "seed")
 
 
 def tensors(zero: Zero) -> dict[str, Pieces]:
@@ -70,8 +71,9 @@ def check_same_run(path: Path, run: RunConfig, data_fingerprint: str) -> dict[st
     if values["format"] != FORMAT:
         raise UserError(f"{path}: format {values['format']}, this version reads {FORMAT}")
     saved, now = values["config"], run.model_dump(mode="json")
-    wanted = {key: now["train"][key] for key in ("sequence_length", "global_batch_size", "seed")} | now["model"]
-    had = {key: saved["train"][key] for key in ("sequence_length", "global_batch_size", "seed")} | saved["model"]
+    wanted, had = (
+        {key: config["train"][key] for key in KEYS} | _order(config) | config["model"] for config in (now, saved)
+    )
     for key in wanted:
         if wanted[key] != had.get(key):
             raise UserError(
@@ -80,3 +82,9 @@ def check_same_run(path: Path, run: RunConfig, data_fingerprint: str) -> dict[st
     if values["data"] != data_fingerprint:
         raise UserError(f"{path}: was trained on other data than {run.data.path}; restore the data, or name a new run")
     return values
+
+
+def _order(config: dict[str, Any]) -> dict[str, Any]:
+    """What beside the data tells the order of the rows."""
+    rows = config["train"].get("rows", {"window": 1})
+    return {"rows.window": rows["window"], "rows.cost": rows["cost"] if rows["window"] > 1 else None}

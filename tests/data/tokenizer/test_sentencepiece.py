@@ -10,9 +10,10 @@ import sentencepiece
 
 from lamella.config import SourceConfig
 from lamella.data import sources
-from lamella.data.manifest import MODEL
-from lamella.data.tokenizer import Tokenizer
-from lamella.data.vocabulary import Sample, train
+from lamella.data.store.manifest import MODEL
+from lamella.data.tokenizer import load
+from lamella.data.tokenizer.spm import Sentencepiece
+from lamella.data.tokenizer.train import Sample, train
 from lamella.errors import UserError
 
 ODD = [
@@ -34,7 +35,7 @@ ODD = [
 
 @pytest.fixture(scope="module")
 def tokenizer(config):
-    return Tokenizer.load(f"{config.path}/{MODEL}")
+    return load(f"{config.path}/{MODEL}")
 
 
 @pytest.mark.parametrize("text", ODD, ids=range(len(ODD)))
@@ -94,7 +95,7 @@ def test_the_same_text_trains_the_same_model():
 
 def test_many_characters_fit_a_small_vocabulary():
     text = "".join(map(chr, range(0x4E00, 0x5E00))) + "一二三" * 5000
-    tokenizer = Tokenizer(train([text], 300))
+    tokenizer = Sentencepiece(train([text], 300))
     assert tokenizer.vocab_size <= 300
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer.encode("一二三")) < 9
@@ -132,7 +133,7 @@ def foreign(eos_id: int) -> bytes:
 
 
 def test_a_foreign_model_works_and_says_that_it_is_not_exact():
-    tokenizer = Tokenizer(foreign(eos_id=2))
+    tokenizer = Sentencepiece(foreign(eos_id=2))
     assert not tokenizer.exact
     assert tokenizer.decode(tokenizer.encode("some  words \ud800")) != "some  words \ud800"
     assert tokenizer.decode(tokenizer.encode("some words")) == "some words"
@@ -141,9 +142,9 @@ def test_a_foreign_model_works_and_says_that_it_is_not_exact():
 
 def test_unusable_models(tmp_path):
     with pytest.raises(UserError, match="no such tokenizer model"):
-        Tokenizer.load(tmp_path / "none.model")
+        load(tmp_path / "none.model")
     (tmp_path / "text.model").write_text("not a model")
     with pytest.raises(UserError, match="not a sentencepiece model"):
-        Tokenizer.load(tmp_path / "text.model")
+        load(tmp_path / "text.model")
     with pytest.raises(UserError, match="no end piece"):
-        Tokenizer(foreign(eos_id=-1))
+        Sentencepiece(foreign(eos_id=-1))

@@ -3,40 +3,25 @@
 sentencepiece stands for a space by U+2581 and takes UTF-8 only, so a literal U+2581 would come back as a space and a
 lone surrogate (JSON may hold one) is refused. Both go around it: their UTF-8 bytes become the model's own byte pieces.
 Decoding joins the pieces' bytes itself. With a model that normalises nothing and falls back to bytes (ours do, see
-vocabulary.py) decode(encode(text)) == text for every Python string; `exact` says whether this model is such a one.
+train.py) decode(encode(text)) == text for every Python string; `exact` says whether this model is such a one.
 """
 
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
+from lamella.data.tokenizer.base import Tokenizer
 from lamella.errors import UserError
 
 SPACE = "\u2581"
 AROUND = re.compile("([\u2581\ud800-\udfff]+)")
 CHUNK = 1024  # characters; merging is a priority queue over the whole string, and twice as fast on short ones
-PROBES = (
-    " ",
-    "  a  b ",
-    "\n\n\t\tc\r\n\rd ",
-    "ﬁ Å e\u0301 ½ \uff21",
-    "\0\x01\x7f\x85\u200b\u2028",
-    "中文 😀 \u2581 \ud800",
-)
 
 
-class Tokenizer:
-    """A sentencepiece model with an end-of-document id.
-
-    Attributes: vocab_size (ids are 0 <= id < vocab_size), eod (closes each stored document and begins each row's
-    documents), unknown (the id of what the model cannot spell), fingerprint (sha256 of the .model file), exact (decode
-    undoes encode for every string).
-    """
-
+class Sentencepiece(Tokenizer):
     def __init__(self, model: bytes, name: str = "tokenizer"):
         """Raises UserError: not a sentencepiece model, or one without an end piece. `name` is for the message."""
         try:
@@ -51,21 +36,12 @@ class Tokenizer:
         self.unknown: int = self._model.unk_id()
         self._bytes, self._byte_id = self._tables()
         pieces = [self._model.id_to_piece(i) for i in range(self.vocab_size)]
-        self._by_line = not any("\n" in p for p in pieces)  # then cutting behind a newline changes no id
+        # then cutting behind a newline changes no id; a unigram model is as fast on a whole text
+        self._by_line = not any("\n" in p for p in pieces) and not self._is_unigram()
         self.exact = True
-        self.exact = len(self._byte_id) == 256 and all(self.decode(self.encode(p)) == p for p in PROBES)
-
-    @classmethod
-    def load(cls, file: Path | str) -> "Tokenizer":
-        """Reads a .model file. Raises UserError: missing, unreadable, not sentencepiece, no end piece."""
-        return cls(read_model(file), str(file))
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, without eod."""
-        return self.encode_batch([text])[0].tolist()
+        self.exact = len(self._byte_id) == 256 and self._returns_all()
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-        """The ids of each text as int32 [tokens], the same for any number of threads."""
         if not self.exact:
             clean = [t.encode(errors="replace").decode() for t in texts]
             return self._model.encode(clean, out_type="numpy", num_threads=threads)
@@ -76,32 +52,30 @@ class Tokenizer:
         return [np.concatenate([empty, *(next(ids) if isinstance(p, str) else p for p in parts)]) for parts in cut]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids; eod and other control pieces are silent. Raises IndexError on an id too large.
-
-        Bytes that form no text, as a model under training may emit, become U+FFFD.
-        """
         if not self.exact:
             return self._model.decode([int(i) for i in ids])
-        raw = b"".join([self._bytes[i] for i in ids])
-        for errors in ("strict", "surrogatepass"):
-            try:
-                return raw.decode(errors=errors)
-            except UnicodeDecodeError:
-                continue
-        return raw.decode(errors="replace")
+        return self._spelled(self._bytes[i] for i in ids)
 
     def piece(self, id: int) -> str:
-        """The name of an id in the model's own writing."""
         return self._model.id_to_piece(id)
 
     def _parts(self, text: str) -> Iterator[str | np.ndarray]:
         """Strings for sentencepiece, and ids in between for what goes around it."""
+        if _is_plain(text):
+            yield from _chunks(text) if self._by_line else (text,)
+            return
         for number, part in enumerate(AROUND.split(text)):
             if number % 2:
                 raw = part.encode(errors="surrogatepass")
                 yield np.array([self._byte_id[b] for b in raw], np.int32)
             elif part:
                 yield from _chunks(part) if self._by_line else (part,)
+
+    def _is_unigram(self) -> bool:
+        try:
+            return bool(self._model.nbest_encode_as_ids("a", 1))
+        except RuntimeError:  # only unigram models have other readings
+            return False
 
     def _tables(self) -> tuple[list[bytes], dict[int, int]]:
         """The bytes of each id, and the id of each byte."""
@@ -118,14 +92,12 @@ class Tokenizer:
         return texts, byte_id
 
 
-def read_model(file: Path | str) -> bytes:
-    """The bytes of a .model file. Raises UserError."""
+def _is_plain(text: str) -> bool:
+    """Whether nothing in it goes around: far cheaper than to look for what does."""
     try:
-        return Path(file).expanduser().read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such tokenizer model; tokenizer.model is a sentencepiece .model file") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+        return text.isascii() or (SPACE not in text and bool(text.encode()))
+    except UnicodeEncodeError:
+        return False
 
 
 def _chunks(text: str) -> Iterator[str]:

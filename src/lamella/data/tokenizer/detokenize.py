@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lamella.data.tokenizer import Tokenizer
+from lamella.data.tokenizer.base import Tokenizer
 
 CONTEXT = 4  # ids before the new ones, for models whose pieces read otherwise at a text's start
 LONGEST = 4  # bytes of a character: as many ids that end in half a one are no character
@@ -26,7 +26,8 @@ class Text:
                 return ""
             ready = self._parting()
         text = self._spell(ready)
-        self._before, self._new = self._new[:ready], self._new[ready:]
+        silent = [] if text else self._before  # pieces without text are no neighbours
+        self._before, self._new = silent + self._new[:ready], self._new[ready:]
         return self._up_to_stop(text)
 
     def end(self) -> str:

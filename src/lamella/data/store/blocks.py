@@ -30,8 +30,8 @@ class Damaged(UserError):
         which = f"document {self.documents.start}" if count == 1 else which
         return (
             f"{self.file}: damaged: bytes {self.begin:,} to {self.end - 1:,} (block {self.block}, {which}) are not "
-            "what was prepared; restore the file, prepare it again (`lamella data prepare FILE --force`), or train without "
-            "them: train.rows.damaged=replace"
+            "what was prepared; restore the file, prepare it again (`lamella data prepare FILE --force`), or train "
+            "without them: train.rows.damaged=replace"
         )
 
 

@@ -34,6 +34,8 @@ QUICK = [
     (["train", "--help"], 0, "RUN.yaml"),
     (["verify", "--help"], 0, "RUN.yaml"),
     (["data", "prepare", "--help"], 0, "FILE"),
+    (["data", "inspect", "--help"], 0, "--measure"),
+    (["data", "inspect", "configs/data/stdlib.yaml", "path=nowhere"], 2, "no prepared data here"),
     (["convert", "--help"], 0, "SOURCE"),
     (["convert", "nowhere", "there", "--to", "hf"], 2, "no such folder"),
     (["train", "configs/run/quikstart.yaml"], 2, "did you mean"),

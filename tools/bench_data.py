@@ -266,7 +266,8 @@ def ranks_run(config: DataConfig, folder: str, row: int, rows: int) -> RunConfig
     words = [
         "model=transformer-nano",
         "model.vocab_size=8192",
-        "layout={data: 2}",
+        "layout.data=2",
+        "layout.micro_batch=1",
         f"train.sequence_length={row}",
         f"train.global_batch_size={rows}",
         f"runs={folder}",
@@ -323,7 +324,15 @@ def two_ranks(config: DataConfig, count: int, row: int = 4096, rows: int = 4) ->
         found = [outcome.value for outcome in run_local(2, rank, run, count, timeout=1500)]
     if None in found:
         raise SystemExit("a process failed; its traceback is above")
-    for way in ("in order", "dealt"):
+    from lamella.train.rows import row_cost
+
+    data = TrainRows(config, row, rows, 0, cost=row_cost(run))
+    costs = [data.costs(step) for step in range(count)]
+    counted = {
+        "in order": [over_mean(some.reshape(2, -1)) for some in costs],
+        "dealt": [over_mean(some[deal(some, 2)]) for some in costs],
+    }
+    for way in counted:
         times = np.array([one[way] for one in found if one])
         over = times.max(axis=0) / times.mean(axis=0)
         yield {
@@ -334,6 +343,7 @@ def two_ranks(config: DataConfig, count: int, row: int = 4096, rows: int = 4) ->
             "s of the slower": round(float(times.max(axis=0).sum()), 2),
             "max/mean": round(float(over.mean()), 3),
             "worst step": round(float(over.max()), 3),
+            "counted": round(float(np.mean(counted[way])), 3),
         }
 
 

@@ -79,6 +79,7 @@ def test_a_source_without_documents_changes_nothing():
 
 
 def test_rows_of_a_mixture_are_full():
-    plan = Plans(LENGTHS, [1, 1, 1], 128, 0).plan(0)
-    assert plan.targets[-1] / (plan.num_rows * 128) > 0.995
+    for sequence_length in (128, 2048):  # all sources together are 274 rows of 2,048
+        plan = Plans(LENGTHS, [1, 1, 1], sequence_length, 0).plan(0)
+        assert plan.targets[-1] / (plan.num_rows * sequence_length) > 0.999 and plan.num_rows > 4000
     assert len({source for row in range(40) for source, *_ in plan.pieces(row)}) == 3

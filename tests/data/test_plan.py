@@ -82,4 +82,4 @@ def test_long_documents_do_not_stand_in_consecutive_rows():
 
 PERMUTATION = [1, 6, 3, 0, 7, 5, 2, 4]
 PLAN = "674196f449f89851"
-MIXED = "7c3e8c2a3a920c75"
+MIXED = "66f8afff61acd711"

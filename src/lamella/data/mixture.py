@@ -25,10 +25,9 @@ BLOCK = 1 << 22  # documents looked at together
 class Mixture:
     """`segment(n)` gives the documents of segment n. `shares` are the sources' of the tokens; they sum to 1."""
 
-    def __init__(self, lengths: Sequence[np.ndarray], weights: Sequence[float] | None, seed: int):
-        """`lengths`: by source, stored tokens of each document; `weights`: relative, None for as they come.
-
-        A source without documents has no weight.
+    def __init__(self, lengths: Sequence[np.ndarray], weights: Sequence[float] | None, seed: int, least: int = 1):
+        """`lengths`: by source, stored tokens of each document; `weights`: relative, None for as they come. With
+        weights a segment has at least `least` tokens. A source without documents has no weight.
         """
         self._streams = [Stream(some, seed, number) for number, some in enumerate(lengths)]
         tokens = [stream.tokens for stream in self._streams]
@@ -36,6 +35,8 @@ class Mixture:
         self.shares = [part / sum(parts) for part in parts]
         density = sum(s * len(n) / t for s, n, t in zip(self.shares, lengths, tokens, strict=True) if t)
         self._tokens = Fraction(sum(tokens), max(1, ceil(density * sum(tokens) / MOST)))
+        if weights is not None:
+            self._tokens *= max(1, ceil(least / self._tokens))
 
     def segment(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Source int16 and document int64 [documents] in their order."""

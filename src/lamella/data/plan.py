@@ -18,6 +18,7 @@ from lamella.data.pack import count_up, pack
 from lamella.data.shuffle import permutation
 
 KEPT, SMALL = 2, 1 << 21  # plans in memory: this segment's and the next one's; more of them up to so many pieces
+LEAST = 4096  # rows of a segment of weighted sources, about: its last ones are not full
 RowCost = Callable[[np.ndarray], np.ndarray]  # what documents of these lengths cost, int64 [n] to int64 [n]
 
 
@@ -93,7 +94,7 @@ class Plans:
     """
 
     def __init__(self, lengths: Sequence[np.ndarray], weights: Sequence[float] | None, sequence_length: int, seed: int):
-        self._mixture = Mixture(lengths, weights, seed)
+        self._mixture = Mixture(lengths, weights, seed, LEAST * sequence_length)
         self._lengths, self._sequence_length, self._seed = lengths, sequence_length, seed
         self._plans: dict[int, Plan] = {}
         self._lock = RLock()  # rows are read ahead by a thread

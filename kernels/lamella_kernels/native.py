@@ -33,7 +33,7 @@ def usable(*tensors: Tensor | None) -> bool:
     given = [t for t in tensors if t is not None]
     small = (torch.float32, torch.bfloat16, torch.float16)
     fits = all(t.device.type == "cpu" and t.dtype in small and not isinstance(t, FakeTensor) for t in given)
-    return fits and library() is not None and not torch.compiler.is_compiling()
+    return fits and not torch.compiler.is_compiling() and library() is not None
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -318,6 +318,10 @@ class _Syntax:
                     node.body.insert(0, ast.parse(text).body[0])
                 return node
 
+            def visit_Assign(self, node: ast.Assign) -> ast.AST:
+                node.value = self.visit(node.value)  # 3.7 would not look into it
+                return getattr(super(), "visit_Assign", super().generic_visit)(node)
+
             def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
                 node = self.generic_visit(node)  # type: ignore[assignment]
                 op = "and" if isinstance(node.op, ast.And) else "or"

@@ -5,14 +5,18 @@
 B batch, T time, I channel, K width of the kernel; the state holds K-1 inputs.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lamella_kernels import native
+from lamella_kernels import forms, native
 from lamella_kernels.causal_conv1d import cpu, eager
 from lamella_kernels.shapes import match_shapes
 
 __all__ = ["causal_conv1d"]
+
+WIDEST = 4  # taps that the Triton kernels hold in registers
 
 
 def causal_conv1d(
@@ -60,6 +64,11 @@ def causal_conv1d(
         raise ValueError(f"{op}: position_BT must be int32 or int64, got {position_BT.dtype}")
     if activation not in (None, "silu"):
         raise ValueError(f"{op}: activation must be None or 'silu', got {activation!r}")
-    form = cpu if native.usable(*named.values(), initial_state_BKI) else eager
+    tensors = (*named.values(), initial_state_BKI)
+    form: Any = eager
+    if sizes["K"] <= WIDEST and forms.on_gpu(*tensors):
+        from lamella_kernels.causal_conv1d import gpu as form
+    elif native.usable(*tensors):
+        form = cpu
     y_BTI, state_BKI = form.causal_conv1d(x_BTI, weight_IK, bias_I, activation, position_BT, initial_state_BKI)
     return (y_BTI, state_BKI) if return_state else y_BTI

@@ -5,14 +5,18 @@
 B batch, T time, I channel, N state; B_BTN and C_BTN are the paper's B and C.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lamella_kernels import native
+from lamella_kernels import forms, native
 from lamella_kernels.selective_scan import cpu, eager
 from lamella_kernels.shapes import match_shapes
 
 __all__ = ["selective_scan"]
+
+WIDEST = 128  # states of a channel that a warp of the Triton kernels holds
 
 
 def selective_scan(
@@ -70,7 +74,11 @@ def selective_scan(
             raise ValueError(f"{op}: {name} must be float32 or float64, got {tensor.dtype}; convert it with .float()")
     if reset_BT is not None and reset_BT.dtype != torch.bool:
         raise ValueError(f"{op}: reset_BT must be bool, got {reset_BT.dtype}")
-    compiled = native.usable(x_BTI, dt_BTI, A_IN, B_BTN, C_BTN, D_I, initial_state_BIN)
-    form = cpu if compiled else eager
+    floating = (x_BTI, dt_BTI, A_IN, B_BTN, C_BTN, D_I, initial_state_BIN)
+    form: Any = eager
+    if forms.on_gpu(*floating) and sizes["N"] <= WIDEST:
+        from lamella_kernels.selective_scan import gpu as form
+    elif native.usable(*floating):
+        form = cpu
     y_BTI, state_BIN = form.selective_scan(x_BTI, dt_BTI, A_IN, B_BTN, C_BTN, D_I, reset_BT, initial_state_BIN)
     return (y_BTI, state_BIN) if return_state else y_BTI

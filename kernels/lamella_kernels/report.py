@@ -19,8 +19,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -173,6 +173,26 @@ def _print(found: list[Row]) -> None:
         print("  ".join(str(line[name]).ljust(width) for name, width in widths.items()).rstrip())
 
 
+def _alone(wanted: Sequence[str], arch: int) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory(prefix="lamella-report-") as cache:
+        triton.knobs.cache.dir = cache
+        for op in wanted:
+            yield from rows(op, arch)
+
+
+def _each(wanted: Sequence[str], architectures: Sequence[int]) -> Iterator[Row]:
+    """A process for each: a kernel that was compiled once keeps its target."""
+    names = [field.name for field in fields(Row)]
+    for arch in architectures:
+        words = ["--json", "--arch", str(arch), *(word for op in wanted for word in ("--op", op))]
+        command = [sys.executable, "-m", "lamella_kernels.report", *words]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        if done.returncode and not any(line["fault"] for line in lines):
+            raise SystemExit(done.returncode)  # it has said why
+        yield from (Row(**{name: line[name] for name in names}) for line in lines)
+
+
 def main() -> int:
     what = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m lamella_kernels.report", description=what)
@@ -180,15 +200,12 @@ def main() -> int:
     parser.add_argument("--op", action="append", choices=operators(), help="default: all")
     parser.add_argument("--json", action="store_true", help="one object a kernel, one a line")
     given = parser.parse_args()
+    architectures, wanted = given.arch or tiles.ARCHITECTURES, given.op or operators()
     found: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="lamella-report-") as cache:
-        triton.knobs.cache.dir = cache
-        for arch in given.arch or tiles.ARCHITECTURES:
-            for op in given.op or operators():
-                for row in rows(op, arch):
-                    found.append(row)
-                    if given.json:
-                        print(json.dumps({**asdict(row), "fault": row.fault}), flush=True)
+    for row in _alone(wanted, architectures[0]) if len(architectures) == 1 else _each(wanted, architectures):
+        found.append(row)
+        if given.json:
+            print(json.dumps({**asdict(row), "fault": row.fault}), flush=True)
     if not given.json:
         _print(found)
     return int(any(row.fault for row in found))

@@ -117,14 +117,13 @@ def test_without_skip_and_state(short, fenced):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("segments", ["many", "one"])
-@pytest.mark.parametrize("starts", [(0, 37, 38, 75, 97), (0, 31, 32, 64, 96)])
-def test_other_documents_have_no_influence_at_all(starts, segments, dtype, request):
+@pytest.mark.parametrize("starts", [(0, 31, 66), (0, 32, 64)])
+def test_other_documents_have_no_influence_at_all(starts, segments, request):
     """Borders before, at and after those of segments, chunks and steps."""
     if segments == "one":
         request.getfixturevalue("one_segment")
-    assert_apart(scan.run, scan.make, scan.TOKENS, starts, 100, dtype)
+    assert_apart(scan.run, scan.make, scan.TOKENS, starts, 70, torch.float32)
 
 
 def test_other_documents_of_a_short_row(short):

@@ -5,6 +5,7 @@
 It outlives a kill; its lock does not.
 """
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -77,14 +78,13 @@ class Work:
 
 
 def sweep(folder: Path) -> None:
-    """Away with what a killed publishing of `folder` has left."""
+    """Away with what a killed publishing of `folder` has left; not where another process holds it, or it is not ours
+    to write: what is prepared is whole all the same.
+    """
     work = Work(folder)
     if work.folder.exists() and not work.out.exists():
-        try:
-            with work:
-                work.remove()
-        except (UserError, OSError):
-            pass
+        with contextlib.suppress(UserError, OSError), work:
+            work.remove()
 
 
 def _same(handle: int, file: Path) -> bool:

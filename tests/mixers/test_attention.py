@@ -7,8 +7,8 @@ import torch
 from lamella.config import check_options
 from lamella.errors import UserError
 from lamella.mixers.attention import Config
-from lamella.nn.rope import rotary, rotate
 from lamella.nn.shard import Whole
+from lamella_kernels.rotary import rotary
 from tests.nn.building import Largest, OneOf, double, filled, noise, packed, relative
 
 D_MODEL, EPS = 12, 1e-3
@@ -104,7 +104,7 @@ def test_rotary_scores_depend_on_the_distance_alone():
 
     def scores(first):
         at, ahead = torch.tensor([[first, first + 90, first + 4000]]), torch.tensor([[3, 93, 4003]]) + first
-        q_turned, k_turned = rotate(q, *rotary(ahead, 8, 1e4)), rotate(k, *rotary(at, 8, 1e4))
+        q_turned, k_turned = rotary(q, ahead, theta=1e4), rotary(k, at, theta=1e4)
         return (q_turned * k_turned).sum(-1)
 
     assert relative(scores(0), scores(0)[:, :1].expand(1, 3, 2)) < 1e-12

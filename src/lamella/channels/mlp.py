@@ -17,17 +17,19 @@ from lamella.nn.initializers import zeros
 from lamella.nn.linear import Column, Row
 from lamella.nn.rows import Rows
 from lamella.nn.shard import Shard
+from lamella_kernels.swiglu import swiglu
 
 Activation = Literal["swiglu", "geglu", "gelu", "relu", "relu2"]
-GATED = {"swiglu": F.silu, "geglu": F.gelu}
+GATED = ("swiglu", "geglu")
 
 
-def activate(kind: Activation, *hidden: Tensor) -> Tensor:
-    """The input projection's segments (of the gated kinds: gate, up) -> one tensor of their width."""
-    if kind in GATED:
-        gate, up = hidden
-        return GATED[kind](gate) * up
-    (h,) = hidden
+def activate(kind: Activation, h: Tensor) -> Tensor:
+    """The input projection's [..., F] or, of the gated kinds, [..., 2 F] with the gates first -> [..., F]."""
+    if kind == "swiglu":
+        return swiglu(h)
+    if kind == "geglu":
+        gate, up = h.chunk(2, -1)
+        return F.gelu(gate) * up
     if kind == "relu2":
         return F.relu(h).square()
     return F.gelu(h) if kind == "gelu" else F.relu(h)
@@ -67,4 +69,4 @@ class Mlp(Channel):
         self.w_out = Row(shard, config.d_ff, d_model, bias=config.bias)
 
     def forward(self, x_BTD: Tensor, rows: Rows, state: dict[str, Any] | None = None) -> Tensor:
-        return self.w_out(rows.core(activate, self.activation, *self.w_in(x_BTD)))
+        return self.w_out(rows.core(activate, self.activation, self.w_in.joined(x_BTD)))

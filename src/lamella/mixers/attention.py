@@ -24,9 +24,9 @@ from lamella.nn.flops import Flops
 from lamella.nn.initializers import zeros
 from lamella.nn.linear import Column, Row
 from lamella.nn.norm import RMSNorm
-from lamella.nn.rope import rotary, rotate
 from lamella.nn.rows import Rows
 from lamella.nn.shard import Shard
+from lamella_kernels.rotary import rotary
 
 FIRST_VALUES = "attention_values"  # what `value_residual` carries
 
@@ -110,8 +110,8 @@ class Attention(Mixer):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.config.rope_theta is not None:
-            cos, sin = rotary(rows.position_BT, self.config.rope_dim or self.head_dim, self.config.rope_theta)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            theta, width = self.config.rope_theta, self.config.rope_dim
+            q, k = (rotary(t, rows.position_BT, theta=theta, width=width) for t in (q, k))
         if state is None:
             y = rows.core(_packed, q, k, v, rows.lengths, self.config.window)
         else:

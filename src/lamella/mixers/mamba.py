@@ -25,6 +25,7 @@ from lamella.nn.norm import PlainRMSNorm, RMSNorm
 from lamella.nn.rows import Rows
 from lamella.nn.shard import Shard, wide
 from lamella_kernels.selective_scan import selective_scan
+from lamella_kernels.swiglu import swiglu
 
 
 class Config(MixerConfig):
@@ -103,7 +104,7 @@ class Mamba(Mixer):
             )
         if state is not None:
             state["h"] = h_BIN
-        return y_BTI * F.silu(z_BTI)
+        return swiglu(z_BTI, y_BTI)
 
 
 def _norm(config: Config, shard: Shard, width: int, norm_eps: float) -> RMSNorm | PlainRMSNorm | None:

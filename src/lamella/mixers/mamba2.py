@@ -28,7 +28,9 @@ from lamella.nn.initializers import inverse_softplus_of_log_uniform, log_of_unif
 from lamella.nn.linear import Column, Row
 from lamella.nn.rows import Rows
 from lamella.nn.shard import Shard, wide
+from lamella_kernels.rmsnorm import rmsnorm
 from lamella_kernels.ssd import ssd
+from lamella_kernels.swiglu import swiglu
 
 
 class Config(MixerConfig):
@@ -99,8 +101,8 @@ class Mamba2(Mixer):
         mixed = rows.core(self.conv, torch.cat([x_BTI, B_BTS, C_BTS], -1), rows, state)
         x_BTI, B_BTS, C_BTS = mixed.split(sizes, -1)
         B_BTGN, C_BTGN = self._groups(B_BTS, C_BTS)
-        y_BTI = rows.core(self._scan, x_BTI, dt_BTH, B_BTGN, C_BTGN, z_BTI, rows, state)
-        return self.out_proj(self.norm(y_BTI))
+        y_BTI = rows.core(self._scan, x_BTI, dt_BTH, B_BTGN, C_BTGN, rows, state)
+        return self.out_proj(self.norm(y_BTI, z_BTI))
 
     def _groups(self, B_BTS: Tensor, C_BTS: Tensor) -> tuple[Tensor, Tensor]:
         """B and C of the groups that this rank's heads belong to."""
@@ -120,7 +122,6 @@ class Mamba2(Mixer):
         dt_BTH: Tensor,
         B_BTGN: Tensor,
         C_BTGN: Tensor,
-        z_BTI: Tensor,
         rows: Rows,
         state: State | None,
     ) -> Tensor:
@@ -134,7 +135,7 @@ class Mamba2(Mixer):
             y_BTHP, h_BHPN = ssd(*inputs, reset_BT=rows.reset_BT, initial_state_BHPN=past_BHPN, return_state=True)
         if state is not None:
             state["h"] = h_BHPN
-        return y_BTHP.flatten(2) * F.silu(z_BTI)
+        return y_BTHP.flatten(2)
 
 
 def _step(
@@ -160,22 +161,20 @@ def _step(
 
 
 class GroupNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * w over each group of the split channels, in fp32; ranks that share a group sum up."""
+    """norm(y silu(z)) w, RMS over each group of the split channels, in fp32; ranks that share a group sum up."""
 
     def __init__(self, shard: Shard, groups: int, width: int, eps: float):
         super().__init__()
         self.shard, self.groups, self.width, self.eps = shard, groups, width // groups, eps
         self.weight = shard.parameter((width,), ones, split=0)
 
-    def forward(self, x_BTI: Tensor) -> Tensor:
-        x, weight_I = wide(x_BTI), wide(self.weight)
+    def forward(self, y_BTI: Tensor, z_BTI: Tensor) -> Tensor:
         ranks = self.shard.size // self.groups
-        if ranks > 1:
-            group = self.shard.rank // ranks
-            square_BT1 = x.square().sum(-1, keepdim=True)
-            square_BTG = F.pad(square_BT1, (group, self.groups - 1 - group))  # the other groups' sums are 0
-            square_BT1 = self.shard.copy(self.shard.sum(square_BTG))[..., group : group + 1]
-            x = x * torch.rsqrt(square_BT1 / self.width + self.eps)
-        else:
-            x = F.rms_norm(x.unflatten(-1, (-1, self.width)), (self.width,), None, self.eps).flatten(-2)
-        return (x * weight_I).to(x_BTI.dtype)
+        if ranks <= 1:
+            return rmsnorm(y_BTI, self.weight, eps=self.eps, width=self.width, gate=z_BTI)  # type: ignore[return-value]
+        x_BTI = swiglu(wide(z_BTI), wide(y_BTI))
+        group = self.shard.rank // ranks
+        square_BT1 = x_BTI.square().sum(-1, keepdim=True)
+        square_BTG = F.pad(square_BT1, (group, self.groups - 1 - group))  # the other groups' sums are 0
+        square_BT1 = self.shard.copy(self.shard.sum(square_BTG))[..., group : group + 1]
+        return (x_BTI * torch.rsqrt(square_BT1 / self.width + self.eps) * wide(self.weight)).to(y_BTI.dtype)

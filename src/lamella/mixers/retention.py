@@ -21,7 +21,6 @@ import math
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Generator, Tensor
 
@@ -32,11 +31,12 @@ from lamella.nn.flops import Flops
 from lamella.nn.initializers import Initializer, uniform
 from lamella.nn.linear import Column, Row
 from lamella.nn.norm import RMSNorm
-from lamella.nn.rope import rotary, rotate
 from lamella.nn.rows import Rows
 from lamella.nn.shard import Shard, wide
 from lamella_kernels.linear_attention import State as Past
 from lamella_kernels.linear_attention import linear_attention
+from lamella_kernels.rmsnorm import rmsnorm
+from lamella_kernels.rotary import rotary
 
 
 class Config(MixerConfig):
@@ -102,14 +102,12 @@ class Retention(Mixer):
     ) -> Tensor:
         q, k = (wide(t).unflatten(-1, (-1, self.keys)) for t in (q, k))
         v = v.unflatten(-1, (-1, self.values))
+        k = k * self.keys**-0.5
         if self.published:
             cos, sin = _angles(rows.position_BT, self.keys)
-            turn = _turn
+            q, k = _turn(q, cos, sin), _turn(k, cos, sin)
         else:
-            cos, sin = rotary(rows.position_BT, self.keys, 1e4)
-            turn = rotate
-        scale = self.keys**-0.5
-        q, k = turn(q, cos, sin), turn(k, cos * scale, sin * scale)
+            q, k = (rotary(t, rows.position_BT, theta=1e4) for t in (q, k))
         log_H = log_decays(self.shard.rank, q.shape[2], q.device)
         past = Past(state["kv"], state.get("keys"), state.get("weight")) if state else None
         if past is not None and q.shape[1] == 1:
@@ -128,9 +126,10 @@ class Retention(Mixer):
             y, after = found if isinstance(found, tuple) else (found, ())
         if state is not None:
             state.update((n, t) for n, t in zip(("kv", "keys", "weight"), after, strict=True) if t is not None)
-        y = F.rms_norm(y, (self.values,), None, self.eps) if self.norm is None else self.norm(y)
-        y = y.flatten(2) if g is None else F.silu(wide(g)) * y.flatten(2)
-        return y.to(v.dtype)
+        weight = None if self.norm is None else self.norm.shared_weight().repeat(y.shape[2])
+        gate = None if g is None else wide(g)
+        y = rmsnorm(y.flatten(2), weight, eps=self.eps, width=self.values, gate=gate, gate_first=False)
+        return y.to(v.dtype)  # type: ignore[union-attr]
 
 
 def log_decays(rank: int, heads: int, device: torch.device) -> Tensor:

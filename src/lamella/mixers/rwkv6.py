@@ -30,6 +30,7 @@ from lamella.nn.norm import HeadNorm
 from lamella.nn.rows import Rows
 from lamella.nn.shard import Shard, wide
 from lamella.nn.shift import shift
+from lamella_kernels.swiglu import swiglu
 from lamella_kernels.wkv6 import wkv6
 
 MIXES = ("w", "k", "v", "r", "g")
@@ -140,7 +141,7 @@ class Rwkv6(Mixer):
         )
         if state is not None:
             state["wkv"] = state_BHKV
-        return (self.group_norm(y_BTHK) * F.silu(wide(g_BTI))).to(g_BTI.dtype)
+        return swiglu(wide(g_BTI), self.group_norm(y_BTHK)).to(g_BTI.dtype)
 
 
 def _mixed(x_BTD: Tensor, delta_BTD: Tensor, mu_BTD: Tensor) -> Tensor:

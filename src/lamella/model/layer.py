@@ -25,11 +25,13 @@ class Layer(nn.Module):
         self.has_mixer, self.has_channel = plan.mixer is not None, plan.channel is not None
 
     def forward(self, x: Tensor, rows: Rows, state: State | None = None) -> Tensor:
+        y = None
         if self.has_mixer:
-            x = x + self._drop(self.mixer(self.mixer_norm(x), rows, state), rows, "mixer")
+            y = self._drop(self.mixer(self.mixer_norm(x), rows, state), rows, "mixer")
         if self.has_channel:
-            x = x + self._drop(self.channel(self.channel_norm(x), rows, state), rows, "channel")
-        return x
+            inside, x = (self.channel_norm(x), x) if y is None else self.channel_norm.behind(y, x)
+            y = self._drop(self.channel(inside, rows, state), rows, "channel")
+        return x if y is None else x + y
 
     def _drop(self, y: Tensor, rows: Rows, branch: str) -> Tensor:
         if not self.dropout or rows.draw is None:

@@ -39,8 +39,12 @@ class Column(nn.Module):
         self.bias = None if bias is None else shard.parameter((d_out,), bias, split=0, segments=self.segments)
 
     def forward(self, x: Tensor):
-        y = (self.shard.enter_linear if self.enter else self.shard.linear)(x, self.weight, self.bias)
+        y = self.joined(x)
         return y.split([n // self.shard.size for n in self.segments], dim=-1) if self.fused else y
+
+    def joined(self, x: Tensor) -> Tensor:
+        """The segments in one tensor."""
+        return (self.shard.enter_linear if self.enter else self.shard.linear)(x, self.weight, self.bias)
 
 
 class Row(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lamella.nn.initializers import Initializer, ones, zeros
 from lamella.nn.shard import Shard, wide
+from lamella_kernels.rmsnorm import rmsnorm
 
 
 class RMSNorm(nn.Module):
@@ -28,9 +29,14 @@ class RMSNorm(nn.Module):
         self.weight = shard.parameter((width,), ones)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight if self.where == "copied" else self.shard.shared(self.weight, self.where)
-        y = wide(x)
-        return F.rms_norm(y, weight.shape, weight.to(y.dtype), self.eps).to(x.dtype)
+        return rmsnorm(x, self.shared_weight(), eps=self.eps)  # type: ignore[return-value]
+
+    def behind(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """norm(x + y), and x + y."""
+        return rmsnorm(y, self.shared_weight(), eps=self.eps, residual=x)  # type: ignore[return-value]
+
+    def shared_weight(self) -> Tensor:
+        return self.weight if self.where == "copied" else self.shard.shared(self.weight, self.where)
 
 
 class PlainRMSNorm(nn.Module):
@@ -41,7 +47,7 @@ class PlainRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(wide(x), x.shape[-1:], None, self.eps).to(x.dtype)
+        return rmsnorm(x, eps=self.eps)  # type: ignore[return-value]
 
 
 class LayerNorm(nn.Module):
@@ -56,6 +62,11 @@ class LayerNorm(nn.Module):
         y = wide(x)
         weight, bias = (self.shard.shared(p, "stream").to(y.dtype) for p in (self.weight, self.bias))
         return F.layer_norm(y, weight.shape, weight, bias, self.eps).to(x.dtype)
+
+    def behind(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """norm(x + y), and x + y."""
+        x = x + y
+        return self(x), x
 
 
 class HeadNorm(nn.Module):

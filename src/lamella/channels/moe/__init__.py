@@ -94,6 +94,6 @@ class MoE(Channel):
         y_ND = self.shard.exchange.through(experts, slots.gather(x_BTD), where_N, slots.counts)
         y_BTD = slots.scatter(y_ND, x_BTD)
         if self.shared_in is not None and self.shared_out is not None:
-            h = self.shared_in(x_BTD)
-            y_BTD = y_BTD + self.shared_out(rows.core(activate, self.config.activation, *h))
+            h = self.shared_in.joined(x_BTD)
+            y_BTD = y_BTD + self.shared_out(rows.core(activate, self.config.activation, h))
         return self.shard.leave(y_BTD)

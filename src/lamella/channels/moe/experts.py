@@ -32,7 +32,6 @@ class Experts(nn.Module):
         self.activation: Activation = activation
         self.shard, self.dropout, self.place, self.d_ff = shard, dropout, place, sizes.d_ff
         segments, active = hidden_segments(activation, sizes.d_ff), sizes.top_k / sizes.num_experts
-        self.parts = len(segments)
         dealt = shard.exchange.size > 1
         in_dim, out_dim, over = (0, 0, "expert") if dealt else (1, 2, "tensor")
         self.w_in = shard.parameter(
@@ -62,7 +61,7 @@ class Experts(nn.Module):
         return grouped_gemm(rows.core(self._hidden, hidden, where_N, counts, rows), self.w_out, counts)
 
     def _hidden(self, h_NF: Tensor, where_N: Tensor, counts: list[int], rows: Rows) -> Tensor:
-        h_NF = activate(self.activation, *h_NF.chunk(self.parts, dim=-1))
+        h_NF = activate(self.activation, h_NF)
         if not self.dropout or rows.draw is None:
             return h_NF
         first = self.shard.exchange.rank * len(self.w_in)  # the whole model's number of this rank's first expert

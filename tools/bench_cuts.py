@@ -62,11 +62,8 @@ class Part:
         known = one_document(self.tokens)
         rows = Rows(known.document_BT, known.position_BT, recompute=self.recompute)
         start = time.process_time()
-        y = self.model.run(self.stage, x, rows)
-        if self.stage.last:
-            self.model.shard.cross_entropy(y, self.tokens).sum().backward()
-        else:
-            y.backward(torch.ones_like(y))
+        y = self.model.run(self.stage, x, rows, targets_BT=self.tokens)
+        y.backward(torch.ones_like(y))
         self.times.append(time.process_time() - start)
 
 

@@ -294,7 +294,7 @@ def rank(run: RunConfig, count: int) -> dict[str, list[float]]:
     mesh = meshes.join(seat, resolve(run, seat.world))
     torch.set_num_threads(1)
     model = build_model(run.model, mesh, "fp32", 0)
-    passes = Sequential(model, make_loss(model.shard))
+    passes = Sequential(model, make_loss())
     train = run.train
     sizes = (run.data, train.sequence_length, train.global_batch_size, 0, 1, row_cost(run))
     ways = {"dealt": TrainRows(*sizes), "in order": TrainRows(*sizes, balanced=False)}

@@ -227,7 +227,7 @@ def rank(run: RunConfig) -> Found:
     promised = promise(model, mesh.layout, mesh.pipeline.rank())
     inner = make_optimizer(model, train.optimizer)
     zero = Zero(model, inner, train.optimizer.clip_norm, mesh)
-    passes = make_passes(model, zero, make_loss(model.shard), mesh, train.sequence_length)
+    passes = make_passes(model, zero, make_loss(), mesh, train.sequence_length)
     rows = FullRows(run.model.vocab_size, train.sequence_length, train.global_batch_size)
     data = Feed(rows, mesh)
 

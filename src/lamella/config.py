@@ -140,6 +140,7 @@ class LayoutConfig(Strict):
     )
     read_ahead: Count = 4  # micro-batches that are read before they are needed
     recompute: Literal["none", "selective", "full"] = "none"  # in backward: what lies between projections, or layers
+    logits: Literal["auto", "whole", "pieces"] = "auto"  # in the loss; some of the vocabulary at a time; auto: on a GPU
 
 
 class OptimizerConfig(Strict):

@@ -9,7 +9,7 @@ from lamella.model.init import cut, draw_local, initialize
 from lamella.model.lm import LanguageModel
 from lamella.nn.initializers import normal, zeros
 from lamella.nn.shard import Box, Whole
-from tests.nn.building import OneOf, packed
+from tests.nn.building import Largest, OneOf, packed, relative
 
 MODEL = load_run("configs/run/quickstart.yaml", ["model.d_model=24", "model.parts.attention.num_heads=8"]).model
 TIED = load_run(
@@ -123,3 +123,22 @@ def test_the_stream_has_the_shard_s_dtype():
     logits = model(torch.arange(7)[None], rows)
     assert seen["y"].dtype == logits.dtype == torch.bfloat16
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_pieces_of_logits_give_the_same_loss_and_gradients():
+    torch.manual_seed(3)
+    x, weight = torch.randn(2, 50, 8), torch.randn(5000, 8)
+    targets = torch.randint(5000, (2, 50), dtype=torch.int32)
+    targets[0, :7] = -1
+    found = {}
+    for pieces in (False, True):
+        shard, inputs = Whole(), [x.clone().requires_grad_(), torch.nn.Parameter(weight.clone())]
+        shard.pieces = pieces
+        with Largest() as largest:
+            nats = shard.nats(*inputs, targets)
+            nats.sum().backward()
+        assert (largest.elements < 100 * 5000) == pieces
+        assert not nats[0, :7].any()
+        found[pieces] = [nats, *(t.grad for t in inputs)]
+    for ours, wanted in zip(found[True], found[False], strict=True):
+        assert relative(ours, wanted) < 1e-6

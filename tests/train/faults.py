@@ -107,9 +107,9 @@ def lose_losses_before_the_last_stage():
     """Only the stage that computes the loss adds the auxiliary ones."""
     right = LanguageModel.run
 
-    def wrong(self, stage, x, rows, states=None):
+    def wrong(self, stage, x, rows, *others, **named):
         rows = rows if stage.last else dataclasses.replace(rows, loss_scale=0.0)
-        return right(self, stage, x, rows, states)
+        return right(self, stage, x, rows, *others, **named)
 
     LanguageModel.run = wrong
 
@@ -117,7 +117,7 @@ def lose_losses_before_the_last_stage():
 def send_every_token_twice():
     """Each rank of a tensor group sends all tokens to the dealt experts, and the branch sums what comes back."""
     right = moe.dispatch
-    moe.dispatch = lambda routing, num_experts, rank, ranks: right(routing, num_experts)
+    moe.dispatch = lambda routing, num_experts, rank, ranks, exact: right(routing, num_experts)
 
 
 def answer_in_the_order_of_the_question():

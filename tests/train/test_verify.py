@@ -80,6 +80,8 @@ SPANNING = [
     "tensor=2,pipeline=2,data=2",
     "tensor=2,sequence_parallel=true,recompute=full",
     "pipeline=2,recompute=selective",
+    "data=1,logits=pieces",
+    "tensor=2,sequence_parallel=true,pipeline=2,logits=pieces",
 ]
 
 
@@ -94,7 +96,11 @@ TIED = [
     "model.parts.attention.value_residual=true",
     "model.stack=[{layers: [attention/mlp, mamba/moe]}]",
 ]
-ENDS = ["pipeline=2", "pipeline=2,schedule=zbv", "tensor=2,sequence_parallel=true,pipeline=2,recompute=full"]
+ENDS = [
+    "pipeline=2",
+    "pipeline=2,schedule=zbv,logits=pieces",
+    "tensor=2,sequence_parallel=true,pipeline=2,recompute=full",
+]
 
 
 @pytest.mark.parametrize("layout", ENDS)
@@ -132,7 +138,7 @@ DIMENSIONS = {
 
 def test_every_layout_has_every_dimension_and_kind():
     assert {verify.processes(layout) for layout in ALL} == set(SIZES)
-    keys = [layout.model_dump_json(exclude={"recompute", "offload_optimizer"}) for layout in ALL]
+    keys = [layout.model_dump_json(exclude={"recompute", "offload_optimizer", "logits"}) for layout in ALL]
     assert len(set(keys)) == len(keys)
     run = load_run(RUN)
     assert all(matrix.legal(run, layout, verify.processes(layout)) for layout in ALL)
@@ -145,6 +151,7 @@ def test_every_layout_has_every_dimension_and_kind():
                 continue  # one process
             assert {layout.recompute for layout in some} == set(get_args(Recompute)), (name, value)
             assert {layout.offload_optimizer for layout in some} == {False, True}, (name, value)
+            assert {layout.logits for layout in some} == {"whole", "pieces"}, (name, value)
     pairs = {(a.schedule, a.expert > 1, a.tensor > 1, a.data > 1) for a in ALL if a.pipeline > 1}
     assert len(pairs) == 4 * (2 * 2 * 2 - 1)  # experts are dealt over tensor x data: not where both are 1
 

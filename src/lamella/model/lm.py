@@ -43,12 +43,29 @@ class LanguageModel(nn.Module):
                 if not first:
                     weight.place = dataclasses.replace(weight.place, owner=False, copy=True)
 
-    def forward(self, tokens_BT: Tensor, rows: Rows, states: dict[str, State] | None = None) -> Tensor:
-        """With `states` ({} before the first tokens, updated in place) the rows continue where the last call ended."""
-        return self.run(self.stages[0], tokens_BT, rows, states)
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        rows: Rows,
+        states: dict[str, State] | None = None,
+        targets_BT: Tensor | None = None,
+    ) -> Tensor:
+        """With `states` ({} before the first tokens, updated in place) the rows continue where the last call ended.
 
-    def run(self, stage: Stage, x: Tensor, rows: Rows, states: dict[str, State] | None = None) -> Tensor:
-        """One stage: tokens or the stream in, the stream or logits out."""
+        With `targets_BT` the head makes no logits: it returns each target's -log p, [B, T] in fp32, of those below 0
+        a 0.
+        """
+        return self.run(self.stages[0], tokens_BT, rows, states, targets_BT)
+
+    def run(
+        self,
+        stage: Stage,
+        x: Tensor,
+        rows: Rows,
+        states: dict[str, State] | None = None,
+        targets_BT: Tensor | None = None,
+    ) -> Tensor:
+        """One stage: tokens or the stream in; the stream, or of the last one logits or -log p out."""
         if stage.first:
             rows.carried.clear()
             x = self.embedding(x)
@@ -56,7 +73,10 @@ class LanguageModel(nn.Module):
             layer = self.layers[str(index)]
             state = None if states is None else states.setdefault(str(index), {})
             x = rows.again(layer, x, rows) if rows.recompute == "full" else layer(x, rows, state)
-        return self.head(self.norm(x)) if stage.last else x
+        if not stage.last:
+            return x
+        x = self.norm(x)
+        return self.head(x) if targets_BT is None else self.shard.nats(x, self.head.weight, targets_BT)
 
 
 def _ends_init(config: ModelConfig) -> tuple[Initializer, Initializer] | tuple[None, None]:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from lamella.errors import UserError
 from lamella.nn.deferred import WeightGradients
 from lamella.nn.initializers import Initializer, normal
+from lamella_kernels.linear_cross_entropy import linear_log_sum_exp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,22 +88,24 @@ class Exchange:
         self.rank, self.size = rank, size
 
     def through(
-        self, experts: Callable[[Tensor, Tensor, list[int]], Tensor], x_ND: Tensor, where_N: Tensor, counts: list[int]
+        self, experts: Callable[[Tensor, Tensor, Tensor], Tensor], x_ND: Tensor, where_N: Tensor, counts_E: Tensor
     ) -> Tensor:
-        """`experts(x_ND, where_N, counts)`: rows sorted by expert, `counts` of them for each; returns the same rows.
+        """`experts(x_ND, where_N, counts_E)`: rows sorted by expert, so many for each; returns the same rows.
 
-        `where_N` names the rows' tokens, int64.
+        `where_N` names the rows' tokens, int64, as `counts_E`.
         """
-        return experts(x_ND, where_N, counts)
+        return experts(x_ND, where_N, counts_E)
 
 
 class Shard(ABC):
     """One rank of a tensor group. Activations are [B, T, ...]; `size` ranks, this one is `rank`.
 
-    `deferred`: where linears leave their weights' gradients to be computed later, if anywhere.
+    `deferred`: where linears leave their weights' gradients to be computed later, if anywhere. `pieces`: the head's
+    logits are made some of the vocabulary at a time, and again in backward.
     """
 
     deferred: WeightGradients | None = None
+    pieces = False
 
     def __init__(
         self,
@@ -195,6 +198,20 @@ class Shard(ABC):
     def stream(self, x_BT: Tensor) -> Tensor:
         """Of a tensor with one value a token [B, T, ...], the tokens whose stream this rank holds."""
 
+    def nats(self, x: Tensor, weight_VD: nn.Parameter, targets_BT: Tensor) -> Tensor:
+        """-log softmax(enter(x) W^T) at the targets, [B, T] in fp32 (0 where they are below 0), W's rows split."""
+        if self.pieces:
+            start = self.rank * len(weight_VD)
+            lse_BT, picked_BT = linear_log_sum_exp(self.enter(x), weight_VD, targets_BT - start)
+            nats_BT = self.log_sum_exp(lse_BT) - self.sum(picked_BT)
+        else:
+            nats_BT = self.cross_entropy(self.enter_linear(x, weight_VD, None), targets_BT.clamp(min=0))
+        return torch.where(targets_BT >= 0, nats_BT, 0)
+
+    @abstractmethod
+    def log_sum_exp(self, lse_BT: Tensor) -> Tensor:
+        """The logarithm of the sum of the ranks' exponentials."""
+
     @abstractmethod
     def cross_entropy(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
         """-log softmax at the targets, [B, T] in fp32, from this rank's columns of the logits (targets >= 0)."""
@@ -229,6 +246,9 @@ class Whole(Shard):
 
     def stream(self, x_BT: Tensor) -> Tensor:
         return x_BT
+
+    def log_sum_exp(self, lse_BT: Tensor) -> Tensor:
+        return lse_BT
 
     def cross_entropy(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
         logits = wide(logits_BTV)

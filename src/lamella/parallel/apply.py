@@ -22,10 +22,14 @@ def make_shard(config: ModelConfig, mesh: Mesh, precision: str) -> Shard:
 
         exchange = AllToAll(mesh.expert)
     if mesh.layout.tensor == 1:
-        return Whole(dtype, config.init_std, num_layers, exchange)
-    from lamella.parallel.tensor import TensorShard
+        shard: Shard = Whole(dtype, config.init_std, num_layers, exchange)
+    else:
+        from lamella.parallel.tensor import TensorShard
 
-    return TensorShard(mesh.tensor, mesh.layout.sequence_parallel, dtype, config.init_std, num_layers, exchange)
+        sequence = mesh.layout.sequence_parallel
+        shard = TensorShard(mesh.tensor, sequence, dtype, config.init_std, num_layers, exchange)
+    shard.pieces = mesh.layout.logits == "pieces" or (mesh.layout.logits == "auto" and mesh.device.type == "cuda")
+    return shard
 
 
 def lay_out(config: ModelConfig, mesh: Mesh, precision: str) -> LanguageModel:

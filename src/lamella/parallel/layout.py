@@ -4,6 +4,7 @@ All of it before any process group exists: what does not fit gets one line with 
 """
 
 import dataclasses
+from typing import Literal
 
 import torch
 
@@ -35,6 +36,7 @@ class Layout:
     zero: int
     offload_optimizer: bool
     recompute: Recompute
+    logits: Literal["auto", "whole", "pieces"]
     micro_batch: int
     global_batch_size: int
 
@@ -52,6 +54,8 @@ class Layout:
         others = [f"ZeRO {self.zero}" + (", offloaded" if self.offload_optimizer else "")]
         if self.recompute != "none":
             others.append(f"{self.recompute} recomputation")
+        if self.logits != "auto":
+            others.append("logits in pieces" if self.logits == "pieces" else "whole logits")
         return ", ".join([" x ".join(words).replace(" x with", " with"), *others])
 
     @property
@@ -104,6 +108,7 @@ def resolve(run: RunConfig, world: int) -> Layout:
         wanted.zero,
         wanted.offload_optimizer,
         wanted.recompute,
+        wanted.logits,
         wanted.micro_batch,
         train.global_batch_size,
     )

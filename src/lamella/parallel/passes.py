@@ -18,7 +18,7 @@ class MicroBatch:
     rows: Rows
 
 
-Loss = Callable[[Tensor, MicroBatch], Tensor]  # of logits [B, T, V] (this rank's columns): a scalar
+Loss = Callable[[Tensor, MicroBatch], Tensor]  # of each target's -log p, [B, T]: a scalar
 
 
 class Passes(Protocol):
@@ -47,7 +47,7 @@ class Sequential:
     def train(self, batches: Iterable[MicroBatch], weight: float, mark: Callable[[str], None]) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in batches:
-            loss = self.loss(self.module(batch.tokens, batch.rows), batch)
+            loss = self._loss(batch)
             mark("forward")
             self.backward(loss * weight)
             mark("backward")
@@ -58,5 +58,8 @@ class Sequential:
     def evaluate(self, batches: Iterable[MicroBatch]) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in batches:
-            total += self.loss(self.module(batch.tokens, batch.rows), batch)
+            total += self._loss(batch)
         return total
+
+    def _loss(self, batch: MicroBatch) -> Tensor:
+        return self.loss(self.module(batch.tokens, batch.rows, targets_BT=batch.targets), batch)

@@ -109,8 +109,8 @@ class Pipeline:
         target = dist.get_global_rank(self.mesh.pipeline, self.mesh.layout.rank_of(stage.index + 1))
         return [(dist.isend(value, target, group=self.mesh.pipeline), value) for value in values]
 
-    def _weighted_loss(self, logits_BTV: Tensor, number: Tensor) -> Tensor:
-        loss = self.loss(logits_BTV, self.batches[int(number)])
+    def _weighted_loss(self, nats_BT: Tensor, number: Tensor) -> Tensor:
+        loss = self.loss(nats_BT, self.batches[int(number)])
         self.total += loss.detach()
         return loss * self.weight
 
@@ -125,18 +125,21 @@ class Pipeline:
         size, dtype = self.mesh.layout.micro_batch, self.model.shard.dtype
         return torch.empty(size, time, width, dtype=dtype, device="meta", requires_grad=True)
 
+    def _nats(self) -> Tensor:
+        return torch.empty(self.mesh.layout.micro_batch, self.length, device="meta", requires_grad=True)
+
     def _stage(self, stage: Stage) -> pipelining.PipelineStage:
         """With the shapes that it takes and gives: else torch would run the model once on nothing to find them."""
         following = None if stage.last else self.mesh.layout.stages[stage.index + 1]
         held = self.held[stage.index] = _Held(self, self.model, stage, following)
-        deferred, logits = self.model.shard.deferred, self.model.config.vocab_size // self.model.shard.size
+        deferred = self.model.shard.deferred
         return pipelining.PipelineStage(
             held,
             stage.index,
             stage.count,
             self.device,
             input_args=torch.zeros(1, dtype=torch.long) if stage.first else self._edge(stage),
-            output_args=self._empty(self.length, logits) if following is None else self._edge(following),
+            output_args=self._nats() if following is None else self._edge(following),
             group=self.mesh.pipeline,
             dw_builder=None if deferred is None else deferred.take,
         )
@@ -157,7 +160,7 @@ class _Held(nn.Module):
         return (y, *carried) if carried else y
 
     def run(self, batch: MicroBatch, x: Tensor, *carried: Tensor) -> tuple[Tensor, ...]:
-        """The stream, or tokens, and what is carried; into what the next stage takes, or logits."""
+        """The stream, or tokens, and what is carried; into what the next stage takes, or each target's -log p."""
         rows = dataclasses.replace(batch.rows, carried=dict(zip(self.taken, carried, strict=True)))
-        y = self.model.run(self.stage, x, rows)
+        y = self.model.run(self.stage, x, rows, targets_BT=batch.targets)
         return (y.contiguous(), *(rows.carried[name].contiguous() for name in self.given))

@@ -72,6 +72,11 @@ class TensorShard(Shard):
     def stream(self, x_BT: Tensor) -> Tensor:
         return x_BT.chunk(self.size, dim=1)[self.rank] if self.sequence_parallel else x_BT
 
+    def log_sum_exp(self, lse_BT: Tensor) -> Tensor:
+        largest_BT = lse_BT.detach().clone()
+        dist.all_reduce(largest_BT, dist.ReduceOp.MAX, group=self.group)
+        return largest_BT + self.sum((lse_BT - largest_BT).exp()).log()
+
     def cross_entropy(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
         # It overwrites fp32 logits, so it gets a copy where `wide` made none.
         logits = wide(logits_BTV)

@@ -56,7 +56,7 @@ class Run:
         if start is not None:
             fill(start, self.model, self.balance)
         self.zero = Zero(self.model, make_optimizer(self.model, train.optimizer), train.optimizer.clip_norm, mesh)
-        loss = make_loss(self.model.shard, len(self.data.names))
+        loss = make_loss(len(self.data.names))
         self.passes = make_passes(self.model, self.zero, loss, mesh, train.sequence_length)
         self.totals = Totals(mesh)
         self.step = 0 if newest is None else state.load(newest, self.zero, self.balance)

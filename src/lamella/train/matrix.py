@@ -11,28 +11,34 @@ from lamella.nn.rows import Recompute
 from lamella.parallel.layout import resolve
 from lamella.train.probe import ROWS, shrink_run
 
+KINDS = [{"recompute": r, "offload_optimizer": o} for o in (False, True) for r in get_args(Recompute)]
+LOGITS = [{"logits": kind} for kind in ("whole", "pieces")]
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zbv")
 
 
 def every_layout(run: RunConfig, most: int) -> list[LayoutConfig]:
     """All legal layouts on 1, 2, 4, ... up to `most` processes.
 
-    All combinations of tensor, sequence_parallel, pipeline, schedule, expert, data and zero. Recomputation and offload
-    are not multiplied with them: each layout has the kind that its dimensions have met least.
+    All combinations of tensor, sequence_parallel, pipeline, schedule, expert, data and zero. Recomputation and offload,
+    and whole logits or pieces, are not multiplied with them: each layout has what its dimensions have met least.
     """
     worlds = [2**i for i in range(most.bit_length()) if 2**i <= most]
     worlds += [most] if most not in worlds else []
-    kinds = [(r, o) for o in (False, True) for r in get_args(Recompute)]
     met: Counter = Counter()
     found = []
     for world in worlds:
         for keys in _combinations(world):
             if not legal(run, LayoutConfig(**keys), world):
                 continue
-            recompute, offload = min(kinds, key=lambda kind: sum(met[kind, value] for value in keys.items()))
-            met.update(((recompute, offload), value) for value in keys.items())
-            found.append(LayoutConfig(**keys, recompute=recompute, offload_optimizer=offload))
+            found.append(LayoutConfig(**keys, **_least_met(met, keys, KINDS), **_least_met(met, keys, LOGITS)))
     return found
+
+
+def _least_met(met: Counter, keys: dict, choices: list[dict]) -> dict:
+    """The choice that these dimensions have had least, which is counted then."""
+    best = min(choices, key=lambda choice: sum(met[str(choice), value] for value in keys.items()))
+    met.update((str(best), value) for value in keys.items())
+    return best
 
 
 def legal(run: RunConfig, layout: LayoutConfig, world: int) -> bool:

@@ -104,7 +104,7 @@ class _Engine:
         self, run: RunConfig, model: LanguageModel, optimizer: SGD, rate: tuple[float, float], mesh: Mesh
     ):
         zero = Zero(model, optimizer, rate[1], mesh)
-        loss = make_loss(model.shard)
+        loss = make_loss()
         self.passes: Passes = make_passes(model, zero, loss, mesh, run.train.sequence_length)
         self.parameters, self.gradients = zero.parameters, zero.gradients
         self.step: Callable[[], float] = lambda: zero.step(rate[0])
@@ -117,7 +117,7 @@ class _Double:
         model.double()
         model.shard.dtype = torch.float64
         self.model, self.optimizer, self.rate = model, optimizer, rate
-        self.passes: Passes = Sequential(model, make_loss(model.shard))
+        self.passes: Passes = Sequential(model, make_loss())
 
     def parameters(self) -> Iterable[tuple[str, Place, Tensor]]:
         return [(n, p.place, p.detach().clone()) for n, p in placed_parameters(self.model)]

@@ -82,7 +82,7 @@ def time_rows(run: RunConfig) -> Timed:
     model.to(device)
     if run.train.precision == "bf16":
         model.shard.dtype = torch.bfloat16
-    passes = Sequential(model, make_loss(model.shard))
+    passes = Sequential(model, make_loss())
     rng = np.random.default_rng(run.train.seed)
     batches = [_row(rng, run.model.vocab_size, length, n).to(device) for n in lengths]
     taken: list[list[float]] = [[] for _ in lengths]

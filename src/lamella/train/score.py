@@ -80,7 +80,7 @@ def score(restored: Restored, rows: HeldoutRows, limit: int | None = None) -> Sc
     nats = torch.zeros((), dtype=torch.float64, device=device)
     for start in range(0, total, size):
         batch = rows.batch(range(start, min(start + size, total))).to(device)
-        nats += sum_nats(model.shard, model(batch.tokens, Rows(batch.document, batch.position)), batch.targets)
+        nats += sum_nats(model(batch.tokens, Rows(batch.document, batch.position), targets_BT=batch.targets))
     tokens = rows.target_count(range(total))
     loss = nats.item() / tokens
     return Score(loss, loss / math.log(2) / rows.bytes_per_token, total, tokens)

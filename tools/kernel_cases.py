@@ -18,7 +18,10 @@ import lamella_kernels as kernels
 D, HEADS, HEAD = 2048, 32, 64  # the stream, attention
 INNER, STATES = 4096, 16  # Mamba
 SSD_HEADS, SSD_STATES = 64, 128  # Mamba-2, heads of 64 channels
+RETENTION = (8, 256, 512)  # RetNet: heads, their keys and values
+GATED = (16, 128, 128)  # linear attention whose decays vary
 WIDTH = 5632  # of the feed-forward layer
+EXPERTS, CHOICES, EXPERT = 8, 2, 2816  # of the mixture of experts: how many, a token's, the width of one
 HALF = 2  # bytes of a bf16
 Inputs = dict[str, Tensor]
 Sizes = Callable[[int], float]
@@ -94,6 +97,53 @@ def ssd_inputs(rows: int, length: int, device: torch.device) -> Inputs:
     }
 
 
+def routed(rows: int, length: int, device: torch.device) -> Inputs:
+    """Every slot filled, some experts with more tokens than others."""
+    tokens = rows * length
+    random = torch.Generator(device).manual_seed(1)
+    liking = torch.linspace(0, 1, EXPERTS, device=device)
+    score = liking + torch.rand(tokens, EXPERTS, generator=random, device=device)
+    expert, slot = score.topk(CHOICES).indices.flatten().sort(stable=True)
+    place = torch.empty_like(slot).scatter_(0, slot, torch.arange(len(slot), device=device))
+    counts = torch.bincount(expert, minlength=EXPERTS)
+    return {"slot_M": slot, "place_NS": place.view(tokens, CHOICES), "counts": counts}
+
+
+def experts_inputs(rows: int, length: int, device: torch.device) -> Inputs:
+    counts = routed(rows, length, device)["counts"]
+    return made(device, x_ND=(CHOICES * rows * length, D), weight_EFD=(EXPERTS, EXPERT, D)) | {"counts": counts}
+
+
+def permute_inputs(rows: int, length: int, device: torch.device) -> Inputs:
+    index = routed(rows, length, device)
+    del index["counts"]
+    return made(device, x_ND=(rows * length, D)) | index
+
+
+def unpermute_inputs(rows: int, length: int, device: torch.device) -> Inputs:
+    index = permute_inputs(rows, length, device)
+    del index["x_ND"]
+    weight = torch.rand(rows * length, CHOICES, device=device).requires_grad_()
+    return made(device, y_MD=(CHOICES * rows * length, D)) | {"weight_NS": weight} | index
+
+
+def retention_inputs(rows: int, length: int, device: torch.device) -> Inputs:
+    """The paper's decays, 1 - 2^(-5 - head); queries are not scaled."""
+    heads, keys, values = RETENTION
+    found = heads_inputs(rows, length, device, heads, keys, values)
+    return found | {"log_decay": torch.log1p(-(2.0 ** (-5 - torch.arange(heads, device=device).float())))}
+
+
+def gated_heads_inputs(rows: int, length: int, device: torch.device) -> Inputs:
+    found = heads_inputs(rows, length, device, *GATED)
+    return found | {"log_decay": F.logsigmoid(torch.randn(rows, length, GATED[0], device=device) + 4).requires_grad_()}
+
+
+def heads_inputs(rows: int, length: int, device: torch.device, heads: int, keys: int, values: int) -> Inputs:
+    shape = (rows, length, heads)
+    return made(device, q_BTHK=(*shape, keys), k_BTHK=(*shape, keys), v_BTHV=(*shape, values))
+
+
 def ours_norm(**inputs: Any) -> Any:
     return kernels.rmsnorm(**inputs, eps=1e-6)
 
@@ -104,6 +154,10 @@ def ours_rotary(**inputs: Any) -> Any:
 
 def ours_conv(**inputs: Any) -> Any:
     return kernels.causal_conv1d(**inputs, activation="silu")
+
+
+def ours_normalized(**inputs: Any) -> Any:
+    return kernels.linear_attention(**inputs, normalize=True)
 
 
 def torch_norm() -> Callable[..., Tensor]:
@@ -171,10 +225,39 @@ def mamba_ssd() -> Callable[..., Any]:
     return ssd
 
 
+def fla_retention() -> Callable[..., Any]:
+    from fla.ops.retention import chunk_retention  # type: ignore[import-not-found]
+
+    return lambda q_BTHK, k_BTHK, v_BTHV, log_decay: chunk_retention(q_BTHK, k_BTHK, v_BTHV, scale=1.0)
+
+
+def fla_simple_gla() -> Callable[..., Any]:
+    from fla.ops.simple_gla import chunk_simple_gla  # type: ignore[import-not-found]
+
+    return lambda q_BTHK, k_BTHK, v_BTHV, log_decay: chunk_simple_gla(q_BTHK, k_BTHK, v_BTHV, log_decay, scale=1.0)
+
+
+def torch_grouped() -> Callable[..., Tensor]:
+    def multiply(x_ND: Tensor, weight_EFD: Tensor, counts: Tensor) -> Tensor:
+        return F.grouped_mm(x_ND, weight_EFD.mT, offs=counts.cumsum(0, dtype=torch.int32))
+
+    return multiply
+
+
+def dense() -> Callable[..., Tensor]:
+    """As many operations with one weight."""
+    return lambda x_ND, weight_EFD, counts: F.linear(x_ND, weight_EFD[0])
+
+
 def ssd_flops(tokens: int, chunk: int = 64) -> float:
     """Within chunks C B^T and its product with x, then states in and out (Dao & Gu 2024, section 6)."""
     inside = chunk * (SSD_STATES + SSD_HEADS * HEAD)
     return 2.0 * tokens * (inside + 2 * SSD_HEADS * HEAD * SSD_STATES)
+
+
+def heads_flops(heads: int, keys: int, values: int, chunk: int = 64) -> Sizes:
+    """Scores and their product with the values within chunks, then states in and out."""
+    return lambda tokens: 2.0 * tokens * heads * (chunk * (keys + values) + 2 * keys * values)
 
 
 CASES = (
@@ -227,5 +310,49 @@ CASES = (
         backward=(3, 0),
         peers={"mamba_ssm": mamba_scan},
     ),
+    Case(
+        "grouped_gemm",
+        kernels.grouped_gemm,
+        experts_inputs,
+        flops=lambda n: 2.0 * CHOICES * n * D * EXPERT,
+        peers={"grouped_mm": torch_grouped, "dense": dense},
+    ),
+    Case(
+        "moe_permute",
+        kernels.moe_permute,
+        permute_inputs,
+        bytes=lambda n: (1.0 + CHOICES) * HALF * D * n,
+        backward=(2, 0),
+    ),
+    Case(
+        "moe_unpermute",
+        kernels.moe_unpermute,
+        unpermute_inputs,
+        bytes=lambda n: (1.0 + CHOICES) * HALF * D * n,
+        backward=((2 + 3 * CHOICES) / (1 + CHOICES), 0),
+    ),
     Case("ssd", kernels.ssd, ssd_inputs, flops=ssd_flops, backward=(0, 3.5), peers={"mamba_ssm": mamba_ssd}),
+    Case(
+        "retention",
+        kernels.linear_attention,
+        retention_inputs,
+        flops=heads_flops(*RETENTION),
+        backward=(0, 3.1),
+        peers={"fla": fla_retention},
+    ),
+    Case(
+        "retention, normalised",
+        ours_normalized,
+        retention_inputs,
+        flops=heads_flops(*RETENTION),
+        backward=(0, 3.1),
+    ),
+    Case(
+        "linear_attention",
+        kernels.linear_attention,
+        gated_heads_inputs,
+        flops=heads_flops(*GATED),
+        backward=(0, 3.1),
+        peers={"fla": fla_simple_gla},
+    ),
 )

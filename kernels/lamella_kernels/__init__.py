@@ -4,10 +4,12 @@ An operator is a folder: `__init__.py` is the public function, `reference.py` th
 the fast form in plain torch, `gpu.py` its Triton kernels. The package needs torch only; with triton it is fast on CUDA.
 """
 
+from lamella_kernels.attention import packed_attention
 from lamella_kernels.causal_conv1d import causal_conv1d
 from lamella_kernels.grouped_gemm import grouped_gemm
 from lamella_kernels.linear_attention import linear_attention
 from lamella_kernels.linear_cross_entropy import linear_cross_entropy, linear_log_sum_exp
+from lamella_kernels.moe_permute import moe_permute, moe_unpermute
 from lamella_kernels.rmsnorm import rmsnorm
 from lamella_kernels.rotary import rotary
 from lamella_kernels.selective_scan import selective_scan
@@ -22,6 +24,9 @@ __all__ = [
     "linear_attention",
     "linear_cross_entropy",
     "linear_log_sum_exp",
+    "moe_permute",
+    "moe_unpermute",
+    "packed_attention",
     "rmsnorm",
     "rotary",
     "selective_scan",

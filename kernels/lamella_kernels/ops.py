@@ -90,8 +90,8 @@ def register(
     """The operator, differentiable once.
 
     outputs: names of what forward returns; `hidden` ones are for backward alone. gradients: the arguments whose
-    gradients backward returns, in order; several in a tuple share one. Where an argument is None or its gradient is not
-    asked for, what backward returns in its place is dropped.
+    gradients backward returns, in order; several in a tuple share one, others have none. Where an argument is None or
+    its gradient is not asked for, what backward returns in its place is dropped.
     """
     op = torch.library.custom_op(f"lamella::{name}", forward, mutates_args=())
     op_backward = torch.library.custom_op(f"lamella::{name}_backward", backward, mutates_args=())
@@ -122,7 +122,7 @@ def register(
         for words, gradient in zip(gradients, found if isinstance(found, tuple) else (found,), strict=True):
             named.update(dict.fromkeys((words,) if isinstance(words, str) else words, gradient))
         needed = zip(arguments, ctx.needs_input_grad, strict=True)
-        return tuple(named[argument] if needs else None for argument, needs in needed)
+        return tuple(named.get(argument) if needs else None for argument, needs in needed)
 
     op.register_autograd(differentiate, setup_context=setup)
     return op

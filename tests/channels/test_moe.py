@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lamella.channels.mlp import Config as MlpConfig
 from lamella.channels.moe import Config
+from lamella.channels.moe.dispatch import dispatch
 from lamella.channels.moe.router import Router, RouterOptions
 from lamella.config import change, check_options, load_run
 from lamella.errors import UserError
@@ -209,6 +210,23 @@ def test_an_expert_without_tokens_has_a_gradient_of_zero():
         assert all(weight.grad[e].any() for e in (0, 1, 3))
 
 
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_rows_that_no_slot_has(options):
+    """On a GPU there are as many rows as slots that may be filled: values and gradients are the same."""
+    _, moe = make(**options, dropout=0.3)
+    rows = packed(LENGTHS, PADDING, row_numbers=[3, 17, 0, 5])
+    found, filled_rows = [], []
+    for exact in (True, False):
+        x = noise(4, 12, D_MODEL).requires_grad_()
+        slots = dispatch(moe.router(x, rows), E, exact=exact)
+        y = moe.experts(slots.gather(x), slots.names(rows.where_BT), slots.counts_E, rows)
+        y = slots.scatter(y, x)
+        found.append((y, *torch.autograd.grad(y.square().sum(), (x, *moe.experts.parameters(), moe.router.weight))))
+        filled_rows.append(len(slots.slot_M))
+    assert filled_rows[0] == int(slots.counts_E.sum()) < filled_rows[1] <= moe.router(x, rows).most
+    assert all(relative(got, want) < 1e-13 for got, want in zip(*found, strict=True))
+
+
 def losses(config, weight, x, real):
     """Switch's equation 4 and ST-MoE's equation 5 for one row, differentiable."""
     logits = x[real] @ weight.t()
@@ -388,19 +406,20 @@ def test_dropout_is_drawn_by_token_expert_and_channel():
     assert relative(together, moe(x, ROWS)) > 0.1
     hidden = torch.ones(1000, 2 * config.d_ff, dtype=torch.float64)
     rows = packed([[1000]], row_numbers=[0])
-    kept = moe.experts._hidden(hidden, rows.where_BT[0], [0, 0, 1000, 0], rows)
+    one, third = torch.tensor([0, 0, 1, 0]), torch.tensor([0, 0, 1000, 0])
+    kept = moe.experts._hidden(hidden, rows.where_BT[0], third, rows)
     assert abs(float((kept == 0).double().mean()) - 0.4) < 0.03
-    outside = moe.experts._hidden(hidden[:1], rows.where_BT[0, :1], [0, 0, 1, 0], packed([[1]]))
+    outside = moe.experts._hidden(hidden[:1], rows.where_BT[0, :1], one, packed([[1]]))
     assert float(kept.max()) == pytest.approx(float(outside.max()) / 0.6)
     halves = []
     for rank in range(2):
         part = config.build(D_MODEL, OneOf(rank, 2), "here").experts
-        halves.append(part._hidden(hidden[:, : config.d_ff], rows.where_BT[0], [0, 0, 1000, 0], rows))
+        halves.append(part._hidden(hidden[:, : config.d_ff], rows.where_BT[0], third, rows))
     assert torch.equal(torch.cat(halves, 1), kept)
     shard = double()
     shard.exchange = Exchange(1, 2)
     dealt = config.build(D_MODEL, shard, "here").experts
-    assert torch.equal(dealt._hidden(hidden, rows.where_BT[0], [1000, 0], rows), kept)  # its first is the third of all
+    assert torch.equal(dealt._hidden(hidden, rows.where_BT[0], third[2:], rows), kept)  # its first is the third of all
 
 
 def test_margins():

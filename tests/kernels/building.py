@@ -169,3 +169,13 @@ def cost(run, inputs):
     with Calls() as backward:
         torch.autograd.grad(y, list(inputs.values()), torch.ones_like(y))
     return forward, backward
+
+
+def mapping(tokens, choices, dropped, unused):
+    """slot_M and place_NS of moe_permute: slots in any order, a share of them dropped, and rows of no slot behind."""
+    random = torch.Generator().manual_seed(0)
+    slot_M = torch.randperm(tokens * choices, generator=random)
+    slot_M = slot_M[: len(slot_M) - round(dropped * len(slot_M))]
+    place_NS = torch.full((tokens * choices,), -1)
+    place_NS[slot_M] = torch.arange(len(slot_M))
+    return torch.cat([slot_M, torch.full((unused,), -1)]), place_NS.view(tokens, choices)

@@ -43,6 +43,18 @@ def test_weights_are_used_in_the_dtype_of_x():
     assert all(torch.equal(got.bfloat16(), w) for got, w in zip((y, dx, dw), want, strict=True))
 
 
+def test_a_tensor_of_counts_may_leave_rows_over():
+    """They give 0, get a gradient of 0, and no weight sees them."""
+    x, weight = make([2, 0, 7])
+    counts, dy = torch.tensor([2, 0, 3], dtype=torch.int32), torch.ones(9, 5, dtype=x.dtype) / 3
+    y, short = grouped_gemm(x, weight, counts), grouped_gemm(x[:5], weight, counts.tolist())
+    dx, dweight = torch.autograd.grad(y, (x, weight), dy)
+    assert torch.allclose(y, reference.grouped_gemm(x, weight, counts), rtol=1e-13, atol=1e-14)
+    assert not y[5:].any() and not dx[5:].any()
+    wanted = short, *torch.autograd.grad(short, (x, weight), dy[:5])
+    assert all(torch.equal(got, want) for got, want in zip((y[:5], dx, dweight), wanted, strict=True))
+
+
 def test_gradcheck():
     x, weight = make([2, 0, 3])
     assert torch.autograd.gradcheck(functools.partial(grouped_gemm, counts=[2, 0, 3]), (x, weight))
@@ -72,6 +84,8 @@ def test_the_arguments_themselves_are_kept():
         ({"counts": [2, 3, 0]}, "counts must be 2 numbers of sum 5"),
         ({"counts": [2, 2]}, "counts must be 2 numbers of sum 5"),
         ({"counts": [6, -1]}, "counts must be 2 numbers of sum 5"),
+        ({"counts": torch.tensor([2, 3, 0])}, "E is 2 in weight_EFD"),
+        ({"counts": torch.tensor([2.0, 3.0])}, "counts must be int32 or int64"),
         ({"x": torch.zeros(5, 7)}, "D is 7 in x_ND"),
         ({"x": torch.zeros(5, 6, 1)}, "needs 2 dims"),
         ({"x": torch.zeros(5, 6, dtype=torch.int32)}, "must be floating point"),

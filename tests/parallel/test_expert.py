@@ -27,7 +27,7 @@ def test_equals_one_process(counts):
     inputs = workers.rows(counts, 5), workers.names(counts), workers.rows(counts, 6), counts, outcomes
     for x, where, grad, mine, outcome in zip(*inputs, strict=True):
         x.requires_grad_()
-        y = Exchange().through(workers.tanh_experts(weight), x, where, mine)
+        y = Exchange().through(workers.tanh_experts(weight), x, where, torch.tensor(mine))
         y.backward(grad)
         for got, want in zip(outcome.value[:2], (y.detach(), x.grad), strict=True):
             assert torch.allclose(got, want, rtol=1e-13, atol=0)

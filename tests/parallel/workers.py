@@ -76,7 +76,7 @@ def exchanged(counts, seed):
     weight = expert_weights(len(counts[0]), seed).chunk(seat.world)[seat.rank].clone().requires_grad_()
     exchange = AllToAll(mesh.expert)
 
-    y = exchange.through(tanh_experts(weight), x, names(counts)[seat.rank], counts[seat.rank])
+    y = exchange.through(tanh_experts(weight), x, names(counts)[seat.rank], torch.tensor(counts[seat.rank]))
     y.backward(grad)
     meshes.leave()
     return y.detach(), x.grad, weight.grad
@@ -85,8 +85,8 @@ def exchanged(counts, seed):
 def tanh_experts(weight):
     """Experts whose outputs depend on the tokens' names, too."""
 
-    def experts(x_ND, where_N, counts):
-        pieces = [torch.tanh(t @ w) for t, w in zip(x_ND.split(counts), weight, strict=True)]
+    def experts(x_ND, where_N, counts_E):
+        pieces = [torch.tanh(t @ w) for t, w in zip(x_ND.split(counts_E.tolist()), weight, strict=True)]
         return torch.cat(pieces) * where_N[:, None]
 
     return experts

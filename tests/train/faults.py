@@ -123,16 +123,16 @@ def send_every_token_twice():
 def answer_in_the_order_of_the_question():
     """Outputs go back to the ranks by the permutation that sorted their tokens, not by its inverse."""
 
-    def wrong(self, experts, x_ND, where_N, counts):
-        sent, coming = torch.tensor(counts).view(self.size, -1), torch.empty(self.size, len(counts) // self.size)
-        coming = coming.long()
+    def wrong(self, experts, x_ND, where_N, counts_E):
+        sent = counts_E.view(self.size, -1)
+        coming = torch.empty_like(sent)
         torch.distributed.all_to_all_single(coming, sent, group=self.group)
         sizes = sent.sum(1).tolist(), coming.sum(1).tolist()
         x_MD = mappings.all_to_all(self.group, x_ND, *sizes[::-1])
         order_M = torch.arange(coming.shape[1]).repeat(self.size).repeat_interleave(coming.flatten())
         order_M = order_M.argsort(stable=True)
         where_M = mappings.all_to_all(self.group, where_N, *sizes[::-1])
-        y_MD = experts(x_MD[order_M], where_M[order_M], coming.sum(0).tolist())
+        y_MD = experts(x_MD[order_M], where_M[order_M], coming.sum(0))
         return mappings.all_to_all(self.group, y_MD[order_M], *sizes)
 
     expert.AllToAll.through = wrong

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 class GroupedGemm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_ND: Tensor, weight_EFD: Tensor, counts: Sequence[int]) -> Tensor:
+    def forward(ctx, x_ND: Tensor, weight_EFD: Tensor, counts: list[int]) -> Tensor:
         ctx.save_for_backward(x_ND, weight_EFD)
         ctx.counts = counts
         return _each(x_ND, weight_EFD.mT, counts)
@@ -31,20 +31,27 @@ class GroupedGemm(torch.autograd.Function):
             dx_ND = _each(dy_NF, weight_EFD, ctx.counts)
         if ctx.needs_input_grad[1]:
             dw_EFD = torch.empty(weight_EFD.shape, dtype=x_ND.dtype, device=x_ND.device)
-            for dy, x, out in zip(dy_NF.split(ctx.counts), x_ND.split(ctx.counts), dw_EFD, strict=True):
+            parts = _split(dy_NF, ctx.counts), _split(x_ND, ctx.counts)
+            for dy, x, out in zip(*parts, dw_EFD, strict=True):
                 torch.mm(dy.t(), x, out=out)
             dw_EFD = dw_EFD.to(weight_EFD.dtype)
         return dx_ND, dw_EFD, None
 
 
-def _each(x_ND: Tensor, weight_EDF: Tensor, counts: Sequence[int]) -> Tensor:
-    """[N, F]: each group's rows times its weight."""
+def _each(x_ND: Tensor, weight_EDF: Tensor, counts: list[int]) -> Tensor:
+    """[N, F]: each group's rows times its weight, 0 behind the last group."""
     y_NF = x_ND.new_empty(len(x_ND), weight_EDF.shape[2])
-    for x, weight, out in zip(x_ND.split(counts), weight_EDF, y_NF.split(counts), strict=True):
+    for x, weight, out in zip(_split(x_ND, counts), weight_EDF, _split(y_NF, counts), strict=True):
         torch.mm(x, weight.to(x.dtype), out=out)
+    y_NF[sum(counts) :] = 0
     return y_NF
 
 
-def grouped_gemm(x_ND: Tensor, weight_EFD: Tensor, counts: Sequence[int]) -> Tensor:
+def _split(rows: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
+    return rows[: sum(counts)].split(counts)
+
+
+def grouped_gemm(x_ND: Tensor, weight_EFD: Tensor, counts: Sequence[int] | Tensor) -> Tensor:
     """The outputs in x's dtype, differentiable once."""
-    return GroupedGemm.apply(x_ND, weight_EFD, list(counts))  # type: ignore[return-value]
+    known = counts.tolist() if isinstance(counts, Tensor) else list(counts)
+    return GroupedGemm.apply(x_ND, weight_EFD, known)  # type: ignore[return-value]

@@ -12,11 +12,12 @@ recurrences, so the parallel, the recurrent and the chunkwise form give one numb
 B batch, T time, H head, K size of a query and key, V size of a value.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lamella_kernels import forms
 from lamella_kernels.linear_attention import eager
 from lamella_kernels.shapes import match_shapes
 
@@ -75,7 +76,10 @@ def linear_attention(
         raise ValueError(f"{op}: reset_BT must be bool, got {reset_BT.dtype}")
     if normalize and initial_state is not None and None in (state.keys_BHK, state.weight_BH):
         raise ValueError(f"{op}: normalize needs keys_BHK and weight_BH of the initial state")
-    y_BTHV, kv_BHKV, keys_BHK, weight_BH = eager.linear_attention(
+    form: Any = eager
+    if forms.on_gpu(q_BTHK, k_BTHK, v_BTHV, log_decay, *state):
+        from lamella_kernels.linear_attention import gpu as form
+    y_BTHV, kv_BHKV, keys_BHK, weight_BH = form.linear_attention(
         q_BTHK, k_BTHK, v_BTHV, log_decay, normalize, reset_BT, *state, return_state
     )
     if kv_BHKV is None:

@@ -5,9 +5,12 @@
 B batch, T time, H head, P head size, G group of heads, N state; B_BTGN and C_BTGN are the paper's B and C.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from lamella_kernels import forms
 from lamella_kernels.shapes import match_shapes
 from lamella_kernels.ssd import eager
 
@@ -73,5 +76,8 @@ def ssd(
             raise ValueError(f"{op}: {name} must be float32 or float64, got {tensor.dtype}; convert it with .float()")
     if reset_BT is not None and reset_BT.dtype != torch.bool:
         raise ValueError(f"{op}: reset_BT must be bool, got {reset_BT.dtype}")
-    y_BTHP, state_BHPN = eager.ssd(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, reset_BT, initial_state_BHPN)
+    form: Any = eager
+    if forms.on_gpu(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, initial_state_BHPN):
+        from lamella_kernels.ssd import gpu as form
+    y_BTHP, state_BHPN = form.ssd(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, reset_BT, initial_state_BHPN)
     return (y_BTHP, state_BHPN) if return_state else y_BTHP

@@ -2,9 +2,9 @@
 
     y_t = sum_s softmax_s(q_t . k_s / sqrt(K)) v_s        over s <= t of t's document (and s > t - window)
 
-Each document is attended by itself, so the cost is the sum of squared document lengths (or length x window), and no
-mask over the row is ever made. Grouped queries: Ainslie et al. 2023 (arXiv 2305.13245). QK-norm: Henry et al. 2020
-(2010.04245). Value residual: Zhou et al. 2024 (2410.17897), with both weights 1/2.
+Each document is attended by itself (`lamella_kernels/attention`). Grouped queries: Ainslie et al. 2023 (arXiv
+2305.13245). QK-norm: Henry et al. 2020 (2010.04245). Value residual: Zhou et al. 2024 (2410.17897), with both weights
+1/2.
 
 Shapes: B batch, T time, D model width, H query heads, G key-value heads, K head size, L tokens of one document.
 """
@@ -26,6 +26,8 @@ from lamella.nn.linear import Column, Row
 from lamella.nn.norm import RMSNorm
 from lamella.nn.rows import Rows
 from lamella.nn.shard import Shard
+from lamella_kernels.attention import packed_attention
+from lamella_kernels.attention.eager import attend
 from lamella_kernels.rotary import rotary
 
 FIRST_VALUES = "attention_values"  # what `value_residual` carries
@@ -113,16 +115,16 @@ class Attention(Mixer):
             theta, width = self.config.rope_theta, self.config.rope_dim
             q, k = (rotary(t, rows.position_BT, theta=theta, width=width) for t in (q, k))
         if state is None:
-            y = rows.core(_packed, q, k, v, rows.lengths, self.config.window)
+            y = rows.core(_packed, q, k, v, rows, self.config.window)
         else:
             y = _continued(q, k, v, rows, self.config.window, state)
         return self.out(y.flatten(2))
 
 
-def _packed(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None) -> Tensor:
+def _packed(q: Tensor, k: Tensor, v: Tensor, rows: Rows, window: int | None) -> Tensor:
     """[B, T, H or G, K] -> [B, T, H, K], document by document."""
-    pieces = [t.flatten(0, 1).split(lengths) for t in (q, k, v)]
-    return torch.cat([attend(*document, window=window) for document in zip(*pieces, strict=True)]).view_as(q)
+    q_NHK, k_NGK, v_NGK = (t.flatten(0, 1) for t in (q, k, v))
+    return packed_attention(q_NHK, k_NGK, v_NGK, rows.lengths, window=window, starts=rows.starts).view_as(q)
 
 
 def _continued(q: Tensor, k: Tensor, v: Tensor, rows: Rows, window: int | None, state: State) -> Tensor:
@@ -196,35 +198,3 @@ def _step(
         mask = (torch.arange(filled, device=had_B.device) <= had_B[:, None])[:, None, None]
     y = F.scaled_dot_product_attention(q_BHK.unflatten(1, (k_BGK.shape[1], -1)), keys, values, attn_mask=mask)
     return y.flatten(1, 2)
-
-
-def attend(q_LHK: Tensor, k_SGK: Tensor, v_SGK: Tensor, *, window: int | None = None) -> Tensor:
-    """Causal attention of the last L tokens of a document to all its S >= L kept tokens. Returns [L, H, K]."""
-    new, all_ = q_LHK.shape[0], k_SGK.shape[0]
-    repeat = q_LHK.shape[1] // k_SGK.shape[1]
-    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q_LHK, k_SGK, v_SGK))  # [1, heads, tokens, K]
-    if repeat > 1:
-        k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
-    if window is not None and all_ > window:
-        y = _banded(q, k, v, window)
-    elif new == 1 or new == all_:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=new > 1)
-    else:  # later tokens of a document whose first keys are kept: the mask is new x all, and only in generation
-        mask = torch.ones(new, all_, dtype=torch.bool, device=q.device).tril(all_ - new)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return y[0].transpose(0, 1)
-
-
-def _banded(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Sliding window by blocks of queries, each against the keys that it can see: length x window. [1, H, L, K]."""
-    new, old = q.shape[2], k.shape[2] - q.shape[2]
-    block = min(max(window, 64), 256)  # few calls where the window is narrow, small masks where it is wide
-    pieces = []
-    for start in range(0, new, block):
-        stop, first = min(start + block, new), max(0, old + start - window + 1)
-        query = torch.arange(old + start, old + stop, device=q.device)[:, None]
-        key = torch.arange(first, old + stop, device=q.device)
-        mask = ((key <= query) & (key > query - window))[None, None]  # 4-dim: other ranks miss torch's fused kernel
-        seen = (t[:, :, first : old + stop] for t in (k, v))
-        pieces.append(F.scaled_dot_product_attention(q[:, :, start:stop], *seen, attn_mask=mask))
-    return torch.cat(pieces, dim=2)

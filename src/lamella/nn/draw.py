@@ -6,6 +6,7 @@ come from the 64-bit finaliser of MurmurHash3 (Appleby, public domain) over a co
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,10 +30,21 @@ class Draw:
 
     def at(self, place: str, where: Tensor, channels: Tensor) -> Tensor:
         """The same for any tokens, named by `where`, and channels, by their index: [*where.shape, channels]."""
+        return _uniform(where[..., None] ^ self._key(place), channels)
+
+    def among(self, places: Sequence[str], which: Tensor, where: Tensor, channels: Tensor) -> Tensor:
+        """The same where tokens have places of their own: `which` of them, like `where`."""
+        keys = torch.tensor([self._key(place) for place in places], device=where.device)
+        return _uniform((where ^ keys[which])[..., None], channels)
+
+    def _key(self, place: str) -> int:
         digest = hashlib.sha256(f"{self.seed}/{self.step}/{place}".encode()).digest()
-        key = int.from_bytes(digest[:8], "little", signed=True)
-        bits = _mix(_mix(where[..., None] ^ key) + channels)
-        return (bits & (2**24 - 1)).float() * 2**-24
+        return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def _uniform(token: Tensor, channels: Tensor) -> Tensor:
+    bits = _mix(_mix(token) + channels)
+    return (bits & (2**24 - 1)).float() * 2**-24
 
 
 def _mix(x: Tensor) -> Tensor:

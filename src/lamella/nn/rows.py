@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lamella.nn.draw import Draw
 from lamella.nn.record import Record
+from lamella_kernels.attention import starts_of
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -80,6 +81,11 @@ class Rows:
         start[:, 0] = True
         at = start.flatten().nonzero().flatten().tolist()
         return [b - a for a, b in zip(at, [*at[1:], start.numel()], strict=True)]
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """Where they begin, and the last one's end: int32."""
+        return starts_of(self.lengths, self.position_BT.device)
 
 
 def one_document(tokens_BT: Tensor, start: int = 0) -> Rows:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lamella_kernels import ops
 from lamella_kernels.selective_scan import WIDEST, selective_scan
 from tests.kernels import test_selective_scan as scan
 from tests.kernels.building import assert_apart, assert_equal, resets, starting
@@ -112,8 +113,10 @@ def test_without_skip_and_state(short, fenced):
     del inputs["D"]
     assert_exact(lambda a: ours(a)[0], lambda a: theirs(a)[0], inputs, LIMITS[torch.float32])
     only_state = {name: value for name, value in inputs.items() if name != "C"}
-    of_state = [lambda a, f=f: f({**a, "C": inputs["C"].detach().to(a["x"].dtype)})[1] for f in (ours, theirs)]
-    assert_exact(*of_state, only_state, LIMITS[torch.float32])
+    of_ours, of_theirs = (
+        lambda a, f=f: f({**a, "C": inputs["C"].detach().to(a["x"].dtype)})[1] for f in (ours, theirs)
+    )
+    assert_exact(of_ours, of_theirs, only_state, LIMITS[torch.float32])
 
 
 @pytest.mark.full
@@ -157,6 +160,18 @@ def test_too_many_states_for_a_warp():
     """They take the form in plain torch."""
     inputs = make(2, states=WIDEST + 1, channels=1)
     assert "SelectiveScanBackward" in type(ours(inputs)[0].grad_fn).__name__
+
+
+def test_more_rows_than_a_grids_second_dimension_holds():
+    """65535 blocks in CUDA; so many rows are launched all the same."""
+    rows = 70_000
+    shapes = {"x": (rows, 1, 3), "dt": (rows, 1, 3), "A": (3, 4), "B": (rows, 1, 4), "C": (rows, 1, 4)}
+    inputs = {name: torch.empty(shape, device="meta", requires_grad=True) for name, shape in shapes.items()}
+    grids = []
+    with ops.listening(lambda kernel, grid, arguments, options: grids.append(grid)):
+        ours(inputs)[0].sum().backward()
+    assert len(grids) == 6 and max(grid[0] for grid in grids) >= rows
+    assert all(size <= 65535 for grid in grids for size in grid[1:])
 
 
 def test_operator(short):

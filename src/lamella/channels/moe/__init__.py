@@ -88,11 +88,11 @@ class MoE(Channel):
         x_BTD = self.shard.enter(x_BTD)
         dealt = self.shard.exchange.size > 1  # then no rank of the tensor group sends a token that another sends
         mine = (self.shard.rank, self.shard.size) if dealt else (0, 1)
-        slots = dispatch(self.router(x_BTD, rows), self.config.num_experts, *mine)
-        where_N = slots.gather(rows.where_BT.unsqueeze(-1)).squeeze(-1)
-        experts = partial(self.experts, rows=rows)
-        y_ND = self.shard.exchange.through(experts, slots.gather(x_BTD), where_N, slots.counts)
-        y_BTD = slots.scatter(y_ND, x_BTD)
+        exact = dealt or x_BTD.device.type == "cpu"  # what is sent is counted anyway; else no GPU is waited for
+        slots = dispatch(self.router(x_BTD, rows), self.config.num_experts, *mine, exact)
+        experts, where_M = partial(self.experts, rows=rows), slots.names(rows.where_BT)
+        y_MD = self.shard.exchange.through(experts, slots.gather(x_BTD), where_M, slots.counts_E)
+        y_BTD = slots.scatter(y_MD, x_BTD)
         if self.shared_in is not None and self.shared_out is not None:
             h = self.shared_in.joined(x_BTD)
             y_BTD = y_BTD + self.shared_out(rows.core(activate, self.config.activation, h))

@@ -52,21 +52,23 @@ class Experts(nn.Module):
             over=over,
         )
 
-    def forward(self, x_ND: Tensor, where_N: Tensor, counts: list[int], rows: Rows) -> Tensor:
-        """x sorted by this rank's experts, `counts` rows for each; returns the same rows. `where_N` names the tokens.
+    def forward(self, x_ND: Tensor, where_N: Tensor, counts_E: Tensor, rows: Rows) -> Tensor:
+        """x sorted by this rank's experts, counts_E rows for each; returns the same rows. `where_N` names the tokens.
 
-        With their widths split over the tensor group the result is partial there.
+        Rows behind the last expert's give 0. With their widths split over the tensor group the result is partial there.
         """
-        hidden = grouped_gemm(x_ND, self.w_in, counts)
-        return grouped_gemm(rows.core(self._hidden, hidden, where_N, counts, rows), self.w_out, counts)
+        hidden = grouped_gemm(x_ND, self.w_in, counts_E)
+        return grouped_gemm(rows.core(self._hidden, hidden, where_N, counts_E, rows), self.w_out, counts_E)
 
-    def _hidden(self, h_NF: Tensor, where_N: Tensor, counts: list[int], rows: Rows) -> Tensor:
+    def _hidden(self, h_NF: Tensor, where_N: Tensor, counts_E: Tensor, rows: Rows) -> Tensor:
         h_NF = activate(self.activation, h_NF)
         if not self.dropout or rows.draw is None:
             return h_NF
         first = self.shard.exchange.rank * len(self.w_in)  # the whole model's number of this rank's first expert
         offset = self.shard.rank * h_NF.shape[-1] if h_NF.shape[-1] < self.d_ff else 0
         channels = torch.arange(offset, offset + h_NF.shape[-1], device=h_NF.device)
-        each = enumerate(where_N.split(counts), first)
-        drawn = [rows.draw.at(f"{self.place}/expert{expert}", where, channels) for expert, where in each]
-        return h_NF * (torch.cat(drawn) >= self.dropout) / (1 - self.dropout)
+        places = [f"{self.place}/expert{expert}" for expert in range(first, first + len(counts_E))]
+        row = torch.arange(len(h_NF), device=h_NF.device)
+        expert_N = torch.searchsorted(counts_E.cumsum(0), row, right=True).clamp(max=len(counts_E) - 1)
+        drawn_NF = rows.draw.among(places, expert_N, where_N, channels)
+        return h_NF * (drawn_NF >= self.dropout) / (1 - self.dropout)

@@ -24,10 +24,14 @@ from lamella.nn.shard import Shard, wide
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """`expert_BTS`: the chosen experts, E in an empty slot (padding, or dropped); `weight_BTS`: in fp32, 0 there."""
+    """`expert_BTS`: the chosen experts, E in an empty slot (padding, or dropped); `weight_BTS`: in fp32, 0 there.
+
+    `most`: how many slots are filled at most, known without a look at them.
+    """
 
     expert_BTS: Tensor
     weight_BTS: Tensor
+    most: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +94,18 @@ class Router(nn.Module):
             if o.global_aux_loss:
                 loss_B = loss_B + o.global_aux_loss * global_balance_loss(chance_BTE, self.load_E, rows.real_BT)
         loss = loss_B.sum() * rows.loss_scale / self.shard.size
-        if o.routing == "top_k" and o.capacity_factor is not None:
-            limit = math.ceil(o.capacity_factor * o.top_k * x_BTD.shape[1] / o.num_experts)
+        (length, slots), most = chosen_BTS.shape[1:], chosen_BTS.numel()
+        if o.routing == "expert_choice":
+            most = len(x_BTD) * slots * min(length, math.ceil(self._share() * length) + 1)  # that one: it is in fp32
+        elif o.capacity_factor is not None:
+            limit = math.ceil(o.capacity_factor * o.top_k * length / o.num_experts)
             chosen_BTS = drop_overflow(chosen_BTS, o.num_experts, limit)
+            most = min(most, len(x_BTD) * o.num_experts * limit)
         kept_BTS = chosen_BTS < o.num_experts
         if rows.record is not None:
             self._record(rows, load_BE, kept_BTS, chance_BTE, aux_B, z_B)
         weight_BTS = attach_loss(weight_BTS, loss)
-        return Routing(chosen_BTS, torch.where(kept_BTS, weight_BTS, 0))
+        return Routing(chosen_BTS, torch.where(kept_BTS, weight_BTS, 0), most)
 
     @torch.no_grad()
     def margin(self, x_BTD: Tensor, rows: Rows) -> Tensor:

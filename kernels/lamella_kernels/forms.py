@@ -10,6 +10,7 @@ compiled kernel or plain torch, is `native.usable`'s business.
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -21,6 +22,11 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # Not a context variable: CUDA's backward, and what it recomputes, runs in a thread of autograd's own.
 _asked: list[Form] = []
+
+
+def operators() -> list[str]:
+    """The packages of operators that have Triton kernels."""
+    return sorted(path.parent.name for path in Path(__file__).parent.glob("*/gpu.py"))
 
 
 @contextmanager

@@ -32,6 +32,7 @@ import triton.runtime
 from triton.backends.compiler import GPUTarget
 
 from lamella_kernels import ops, tiles
+from lamella_kernels.forms import operators
 
 # Shared memory of a multiprocessor and what one block may take of it, bytes (CUDA C++ Programming Guide, table of
 # compute capabilities); registers, warps and blocks are the same for all three.
@@ -64,11 +65,6 @@ class Row:
         if not self.blocks:
             return f"no block fits: {self.registers} registers, {self.shared} bytes of shared memory"
         return "no tensor cores" if self.dots and not self.tensor_core else ""
-
-
-def operators() -> list[str]:
-    """The ops that have a gpu.py."""
-    return sorted(path.parent.name for path in Path(__file__).parent.glob("*/gpu.py"))
 
 
 def rows(op: str, arch: int, seen: set[str] | None = None) -> Iterator[Row]:

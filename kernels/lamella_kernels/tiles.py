@@ -22,6 +22,8 @@ ARCHITECTURES = (80, 90, 100)
 CONDITIONS = ("arch", "up_to")
 
 _target: list[int] = []
+_trials: list[dict[str, dict[str, int]]] = []
+_lookups: list[dict[str, dict[str, Any]]] = []
 
 
 @functools.cache
@@ -70,7 +72,33 @@ def _capability(device: int) -> int:
 
 def tiles(kernel: str, **sizes: int) -> dict[str, int]:
     """The kernel's block sizes and options for a call of these sizes, widths of the model all."""
-    return dict(_entry(kernel, architecture(), tuple(sizes.items())))
+    found = dict(_entry(kernel, architecture(), tuple(sizes.items())))
+    for trial in _trials:
+        found |= trial.get(kernel, {})
+    for lookup in _lookups:
+        lookup[kernel] = {"arch": [architecture()], "up_to": dict(sizes), **found}
+    return found
+
+
+@contextmanager
+def trying(entries: dict[str, dict[str, int]]) -> Iterator[None]:
+    """These in place of the table's, by kernel."""
+    _trials.append(entries)
+    try:
+        yield
+    finally:
+        _trials.remove(entries)
+
+
+@contextmanager
+def lookups() -> Iterator[dict[str, dict[str, Any]]]:
+    """The entry that each kernel is given inside, as a user's table would have it for just these sizes."""
+    found: dict[str, dict[str, Any]] = {}
+    _lookups.append(found)
+    try:
+        yield found
+    finally:
+        _lookups.remove(found)
 
 
 @functools.cache

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from lamella.cli import checkpoint, convert, data, evaluate, figures, generate, track, train, verify
+from lamella.cli import checkpoint, convert, data, evaluate, figures, generate, kernels, track, train, verify
 from lamella.errors import EXIT_USER, UserError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command("figures")(figures.figures)
 app.command("track")(track.track)
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(kernels.app, name="kernels")
 
 
 def main() -> None:

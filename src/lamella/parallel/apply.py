@@ -7,6 +7,7 @@ from lamella.model.init import initialize
 from lamella.model.lm import LanguageModel
 from lamella.model.stack import plan_layers
 from lamella.nn.shard import Shard, Whole
+from lamella.parallel.layout import Layout
 from lamella.parallel.mesh import Mesh
 from lamella.parallel.passes import Loss, Passes, Sequential
 from lamella.parallel.zero import Zero
@@ -28,8 +29,13 @@ def make_shard(config: ModelConfig, mesh: Mesh, precision: str) -> Shard:
 
         sequence = mesh.layout.sequence_parallel
         shard = TensorShard(mesh.tensor, sequence, dtype, config.init_std, num_layers, exchange)
-    shard.pieces = mesh.layout.logits == "pieces" or (mesh.layout.logits == "auto" and mesh.device.type == "cuda")
+    shard.pieces = in_pieces(mesh.layout, mesh.device)
     return shard
+
+
+def in_pieces(layout: Layout, device: torch.device) -> bool:
+    """Whether the loss makes its logits in pieces."""
+    return layout.logits == "pieces" or (layout.logits == "auto" and device.type == "cuda")
 
 
 def lay_out(config: ModelConfig, mesh: Mesh, precision: str) -> LanguageModel:

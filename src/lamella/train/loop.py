@@ -21,6 +21,7 @@ from lamella.train.evaluate import evaluate
 from lamella.train.feed import Feed
 from lamella.train.folder import open_folder
 from lamella.train.init_from import Open, Saved, fill, find_start
+from lamella.train.kernels import prepare_kernels
 from lamella.train.loss import make_loss
 from lamella.train.metrics import Totals, moe_metrics, source_metrics
 from lamella.train.optimizer import learning_rate, make_optimizer
@@ -130,6 +131,7 @@ def train(config: RunConfig, opened: Open = Saved) -> int:
     layout = layouts.resolve(config, seat.world)
     if seat.rank == 0:
         open_folder(config)
+    prepare_kernels(config, layout, seat)
     mesh = meshes.join(seat, layout)
     run = Run(config, mesh, opened)
     stopped = False

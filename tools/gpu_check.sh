@@ -50,7 +50,10 @@ step prepare 60 lamella data prepare configs/data/stdlib.yaml "path=$out/stdlib"
 step train 60 lamella train "$run" --nproc 1 "${small[@]}" name=cuda train.steps=40
 step resume 60 lamella train "$run" --nproc 1 "${small[@]}" name=cuda train.steps=60
 step verify 90 lamella verify "$run" "data.path=$out/stdlib" --layout tensor=1,micro_batch=4
-step bench 170 python -m tools.bench_kernels --json --lengths 2048 8192 32768 --rounds 10
+step warm-up 60 lamella kernels warm-up "$run" model=jamba-1b train.precision=bf16 train.sequence_length=4096 "${small[@]}"
+step step 90 python -m tools.bench_step --rounds 8
+step peer 60 python -m tools.bench_step --sides transformers --rows 1 --length 1024 --rounds 2
+step bench 150 python -m tools.bench_kernels --json --lengths 2048 8192 32768 --rounds 10
 grep '^{' "$out/bench.log" >"$out/kernels.jsonl" || true
 cp "$out/report.log" "$out/report.txt"
 
@@ -61,6 +64,8 @@ folder = pathlib.Path(sys.argv[1])
 for line in (folder / "steps.jsonl").read_text().splitlines():
     step = json.loads(line)
     print(f"{step['step']:<10}{'ok' if step['rc'] == 0 else 'rc %d' % step['rc']:<8}{step['seconds']:>5} s")
+for name in ("step", "peer"):
+    print((folder / f"{name}.log").read_text().strip().splitlines()[-2:])
 for line in (folder / "kernels.jsonl").read_text().splitlines():
     found = json.loads(line)
     if "op" not in found:

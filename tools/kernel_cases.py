@@ -144,6 +144,16 @@ def heads_inputs(rows: int, length: int, device: torch.device, heads: int, keys:
     return made(device, q_BTHK=(*shape, keys), k_BTHK=(*shape, keys), v_BTHV=(*shape, values))
 
 
+def wkv6_inputs(rows: int, length: int, device: torch.device) -> Inputs:
+    tokens = (rows, length, HEADS, HEAD)
+    found = made(device, r_BTHK=tokens, k_BTHK=tokens, v_BTHV=tokens)
+    log_w = -(torch.randn(tokens, device=device) - 2).exp()
+    return found | {
+        "log_w_BTHK": log_w.requires_grad_(),
+        "u_HK": torch.randn(HEADS, HEAD, device=device).requires_grad_(),
+    }
+
+
 def ours_norm(**inputs: Any) -> Any:
     return kernels.rmsnorm(**inputs, eps=1e-6)
 
@@ -204,6 +214,15 @@ def fla_conv() -> Callable[..., Any]:
     from fla.modules.convolution import causal_conv1d  # type: ignore[import-not-found]
 
     return lambda x_BTI, weight_IK, bias_I: causal_conv1d(x_BTI, weight_IK, bias_I, activation="silu")
+
+
+def fla_wkv6() -> Callable[..., Any]:
+    from fla.ops.rwkv6 import chunk_rwkv6  # type: ignore[import-not-found]
+
+    def chunked(r_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_w_BTHK: Tensor, u_HK: Tensor) -> Tensor:
+        return chunk_rwkv6(r_BTHK, k_BTHK, v_BTHV, log_w_BTHK, u_HK, scale=1.0)[0]
+
+    return chunked
 
 
 def mamba_scan() -> Callable[..., Any]:
@@ -354,5 +373,13 @@ CASES = (
         flops=heads_flops(*GATED),
         backward=(0, 3.1),
         peers={"fla": fla_simple_gla},
+    ),
+    Case(
+        "wkv6",
+        kernels.wkv6,
+        wkv6_inputs,
+        bytes=lambda n: (4.0 * HALF + 4) * HEADS * HEAD * n,
+        backward=(34 / 12, 0),
+        peers={"fla": fla_wkv6},
     ),
 )

@@ -38,8 +38,8 @@ def moe_permute(x_ND: Tensor, slot_M: Tensor, place_NS: Tensor) -> Tensor:
 def moe_unpermute(y_MD: Tensor, weight_NS: Tensor, slot_M: Tensor, place_NS: Tensor) -> Tensor:
     """Each token's weighted sum over its rows: [N, D] in y's dtype, 0 for a token without any.
 
-    weight_NS: of each choice, floating point; its gradient is 0 where there is no row. Products and sums are in fp32
-    (fp64 for fp64), from the first choice to the last.
+    weight_NS: of each choice, floating point; its gradient is 0 where there is no row. Sums are in fp32 (fp64 for
+    fp64), from the first choice to the last, and rounded once; on the CPU the weights, too, are rounded to y's dtype.
 
     Gradients reach y and the weights. For backward the arguments are kept.
 

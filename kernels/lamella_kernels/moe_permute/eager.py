@@ -37,16 +37,16 @@ class Unpermute(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout_ND: Tensor):
         y_MD, weight_NS, slot_M = ctx.saved_tensors
-        dout_MD = _wide(_spread(dout_ND, slot_M, weight_NS.shape[1]))
+        dout_MD = _spread(dout_ND, slot_M, weight_NS.shape[1])
         dy_MD = dweight_NS = None
         if ctx.needs_input_grad[1]:
-            dweight_M = (dout_MD * y_MD).sum(-1).to(weight_NS.dtype)
-            used, slot = _used(slot_M)
-            dweight_NS = torch.zeros_like(weight_NS).view(-1)
-            dweight_NS = dweight_NS.index_copy_(0, slot, dweight_M[used]).view_as(weight_NS)
+            dweight_M, used = (dout_MD * y_MD).sum(-1), (slot_M >= 0).nonzero().flatten()
+            flat = torch.zeros(weight_NS.numel(), dtype=weight_NS.dtype, device=weight_NS.device)
+            flat.index_copy_(0, slot_M[used].long(), dweight_M[used].to(flat.dtype))
+            dweight_NS = flat.view(weight_NS.shape)
         if ctx.needs_input_grad[0]:
-            weight_M = weight_NS.reshape(-1).index_select(0, slot_M.clamp(min=0)).to(dout_MD.dtype)
-            dy_MD = (dout_MD * weight_M.unsqueeze(-1)).to(y_MD.dtype)
+            weight_M = weight_NS.reshape(-1).index_select(0, slot_M.clamp(min=0))
+            dy_MD = dout_MD.mul_(weight_M.to(dout_MD.dtype).unsqueeze(-1))
         return dy_MD, dweight_NS, None, None
 
 
@@ -62,19 +62,9 @@ def _collect(y_MD: Tensor, weight_NS: Tensor | None, place_NS: Tensor) -> Tensor
     """[N, D]: each token's sum over its rows, in the order of its choices."""
     kept_NS = place_NS >= 0
     count_N = kept_NS.sum(1)
-    weight = None if weight_NS is None else weight_NS[kept_NS].to(_wide(y_MD[:0]).dtype)
-    bags = {"offsets": count_N.cumsum(0) - count_N, "mode": "sum", "per_sample_weights": weight}
-    return F.embedding_bag(place_NS[kept_NS].long(), _wide(y_MD), **bags).to(y_MD.dtype)
-
-
-def _used(slot_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Which rows have a slot, and those slots."""
-    used = (slot_M >= 0).nonzero().flatten()
-    return used, slot_M[used].long()
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    weight = None if weight_NS is None else weight_NS[kept_NS].to(y_MD.dtype)
+    start_N = count_N.cumsum(0) - count_N
+    return F.embedding_bag(place_NS[kept_NS].long(), y_MD, offsets=start_N, mode="sum", per_sample_weights=weight)
 
 
 def moe_permute(x_ND: Tensor, slot_M: Tensor, place_NS: Tensor) -> Tensor:

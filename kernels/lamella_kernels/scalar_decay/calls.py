@@ -117,7 +117,8 @@ class Call:
         after, dinitial, passed, _, _ = self.states(dy, self.q, divisor, dlast, before)
         assert passed is not None
         dv = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        ddt, dlog = (self.new(self.batch, self.time, self.H) for _ in range(2))
+        dlog = self.new(self.batch, self.time, self.H)
+        ddt = None if self.dt is None else self.new(self.batch, self.time, self.H)
         dD = None if D is None else self.new(self.batch, self.chunks, self.H)
         grouped = self.G < self.H
         dq, dk = self.group_gradients(dy, before, after) if grouped else (self.of_groups(1)[0] for _ in range(2))

@@ -5,9 +5,12 @@
 B batch, T time, H head, K key channel, V value channel; r, k, v are rows.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from lamella_kernels import forms
 from lamella_kernels.shapes import match_shapes
 from lamella_kernels.wkv6 import eager, reference
 
@@ -68,6 +71,8 @@ def wkv6(
             raise ValueError(f"{op}: {name} must be float32 or float64, got {tensor.dtype}; convert it with .float()")
     if reset_BT is not None and reset_BT.dtype != torch.bool:
         raise ValueError(f"{op}: reset_BT must be bool, got {reset_BT.dtype}")
-    form = reference if sizes["T"] == 1 else eager
+    form: Any = reference if sizes["T"] == 1 else eager
+    if sizes["T"] > 1 and forms.on_gpu(r_BTHK, k_BTHK, v_BTHV, log_w_BTHK, u_HK, initial_state_BHKV):
+        from lamella_kernels.wkv6 import gpu as form
     y_BTHV, state_BHKV = form.wkv6(r_BTHK, k_BTHK, v_BTHV, log_w_BTHK, u_HK, reset_BT, initial_state_BHKV)
     return (y_BTHV, state_BHKV) if return_state else y_BTHV

@@ -1,4 +1,4 @@
-"""A whole model on the kernels: loss and gradients are those of plain torch, and a rehearsal launches what a step does."""
+"""A whole model on the kernels: loss and gradients are plain torch's, and a rehearsal launches what a step does."""
 
 import pytest
 import torch

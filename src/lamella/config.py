@@ -175,6 +175,13 @@ class CheckpointConfig(Strict):
     mirror: str | None = None  # a second place, as fsspec names it: s3://bucket/path, gs://..., file:///mnt/other
 
 
+class HangConfig(Strict):
+    """When a process that takes no step writes down its stacks and ends."""
+
+    times: Annotated[float, Field(ge=2)] = 20.0  # the median of the last steps
+    at_least: Annotated[float, Field(gt=0)] = 600.0  # seconds
+
+
 class RowCostConfig(Strict):
     """What a document of n tokens costs, in any unit: token * n + pair * n * n."""
 
@@ -201,7 +208,16 @@ class TrainConfig(Strict):
     rows: RowsConfig = RowsConfig()
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: Count = 0
+    hang: HangConfig | None = HangConfig()  # None: a process waits for ever
     init_from: str | None = None  # whose weights a new run begins with: a checkpoint, a run's folder, or hf:DIR
+
+
+class ClusterConfig(Strict):
+    """How a job on a cluster runs."""
+
+    launcher: Literal["srun", "torchrun"] = "srun"  # one process a GPU by srun, or torchrun on each node
+    stop_before: Positive = 300  # seconds before the time limit in which the running step ends and is saved
+    attempts: Positive = 3  # in a row that get no further than the one before
 
 
 class TrackingConfig(Strict):
@@ -219,6 +235,7 @@ class RunConfig(Strict):
     layout: LayoutConfig = LayoutConfig()
     train: TrainConfig
     tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()
     runs: str = "runs"  # the folder that holds one folder a run
 
     @property

@@ -1,7 +1,8 @@
-"""The two ways a command ends early: the user can mend it (exit code 2), or the run stopped and saved (75)."""
+"""The ways a command ends early: the user can mend it (2), the run stopped and saved (75), or hung (70)."""
 
 EXIT_FAULT = 1
 EXIT_USER = 2
+EXIT_HUNG = 70  # EX_SOFTWARE: no step for too long
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: saved and stopped, start me again
 
 

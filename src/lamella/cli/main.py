@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from lamella.cli import checkpoint, convert, data, evaluate, figures, generate, kernels, track, train, verify
+from lamella.cli import checkpoint, cluster, convert, data, evaluate, figures, generate, kernels, track, train, verify
 from lamella.errors import EXIT_USER, UserError
 
 app = typer.Typer(
@@ -14,6 +14,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("train")(train.train)
+app.command("submit")(cluster.submit)
+app.command("status")(cluster.status)
+app.command("watch")(cluster.watch)
+app.command("stop")(cluster.stop)
+app.command("job", hidden=True)(cluster.job)
 app.command("verify")(verify.verify)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)

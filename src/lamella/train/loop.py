@@ -1,5 +1,6 @@
 """Pretraining, from a validated run to its last checkpoint."""
 
+import os
 import signal
 from types import FrameType
 
@@ -14,7 +15,7 @@ from lamella.parallel.apply import build_model, make_passes
 from lamella.parallel.mesh import Mesh
 from lamella.parallel.seat import find_seat
 from lamella.parallel.zero import Zero
-from lamella.train import state
+from lamella.train import state, stop_file
 from lamella.train.balance import Balance
 from lamella.train.clock import Clock
 from lamella.train.evaluate import evaluate
@@ -30,6 +31,7 @@ from lamella.train.rows import open_rows
 from lamella.train.saving import Saver, mirror_of
 from lamella.train.say import say
 from lamella.train.step import accumulate_gradients
+from lamella.train.watchdog import Watchdog
 
 METRICS = "metrics.jsonl.gz"  # in a checkpoint: the metrics up to its step
 
@@ -63,6 +65,7 @@ class Run:
         self.step = 0 if newest is None else state.load(newest, self.zero, self.balance)
         self.saver = Saver(config, mesh.first, self.step)
         self.clock = Clock(mesh.device)
+        self.watchdog = Watchdog(self.folder, mesh.seat.rank, train.hang)
         self.heldout_loss: float | None = None  # where the last step was evaluated
         self.reports = None
         if mesh.first:
@@ -82,7 +85,8 @@ class Run:
         grad_norm = self.zero.step(lr)
         self.clock.mark("optimizer")
         record.add("nats", nats)
-        record.add("stop", nats.new_tensor(float(bool(asked))))
+        asked_here = bool(asked) or (self.mesh.first and stop_file.requested(self.folder) is not None)
+        record.add("stop", nats.new_tensor(float(asked_here)))
         total = self.totals.sum(record.values)
         self.balance.update(total)
         tokens, seconds = self.data.target_count(self.step), self.clock.take()
@@ -100,7 +104,8 @@ class Run:
         self.step += 1
         self.heldout_loss = None
         if self.step % train.evaluate.every == 0 or self.step == train.steps:
-            line |= self.held_out()
+            with self.watchdog.off():
+                line |= self.held_out()
             self.heldout_loss = line["heldout_loss"]
         if self.reports is not None:
             self.reports.step(line)
@@ -124,22 +129,26 @@ def train(config: RunConfig, opened: Open = Saved) -> int:
 
     `opened`: what `train.init_from` names.
 
-    SIGTERM and SIGINT let the running step end; all ranks then save the same step, and the code is 75.
+    SIGTERM, SIGINT or a stop file let the running step end; all ranks then save the same step, and the code is 75.
     """
     asked = _catch_signals()
     seat = find_seat()
     layout = layouts.resolve(config, seat.world)
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and stop_file.requested(config.folder) is not None:
+        return EXIT_REQUEUE  # torchrun takes the code of a stop for a failure, and starts again
     if seat.rank == 0:
-        open_folder(config)
+        stop_file.clear(open_folder(config))
     prepare_kernels(config, layout, seat)
     mesh = meshes.join(seat, layout)
     run = Run(config, mesh, opened)
     stopped = False
     while run.step < config.train.steps and not stopped:
         stopped = run.train_step(asked)
+        run.watchdog.beat()
         run.saver.settle()
         if stopped or run.step % config.train.checkpoint.every == 0 or run.step == config.train.steps:
             run.save()
+    run.watchdog.close()
     run.saver.close()
     run.feed.close()
     meshes.leave()

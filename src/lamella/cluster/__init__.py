@@ -1,0 +1,1 @@
+"""Runs on a cluster: what is submitted, and what keeps it going there."""

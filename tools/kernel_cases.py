@@ -154,6 +154,19 @@ def wkv6_inputs(rows: int, length: int, device: torch.device) -> Inputs:
     }
 
 
+def wkv7_inputs(rows: int, length: int, device: torch.device) -> Inputs:
+    """a and b as RWKV-7 has them, its decays between exp(-exp(-0.5)) and 1."""
+    tokens = (rows, length, HEADS, HEAD)
+    found = made(device, r_BTHK=tokens, k_BTHK=tokens, v_BTHV=tokens)
+    kk = F.normalize(torch.randn(tokens, device=device), dim=-1)
+    rate = torch.sigmoid(torch.randn(tokens, device=device))
+    return found | {
+        "log_w_BTHK": (-0.6065 * torch.sigmoid(torch.randn(tokens, device=device))).requires_grad_(),
+        "a_BTHK": (-kk).bfloat16().requires_grad_(),
+        "b_BTHK": (kk * rate).bfloat16().requires_grad_(),
+    }
+
+
 def ours_norm(**inputs: Any) -> Any:
     return kernels.rmsnorm(**inputs, eps=1e-6)
 
@@ -221,6 +234,17 @@ def fla_wkv6() -> Callable[..., Any]:
 
     def chunked(r_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_w_BTHK: Tensor, u_HK: Tensor) -> Tensor:
         return chunk_rwkv6(r_BTHK, k_BTHK, v_BTHV, log_w_BTHK, u_HK, scale=1.0)[0]
+
+    return chunked
+
+
+def fla_wkv7() -> Callable[..., Any]:
+    from fla.ops.rwkv7 import chunk_rwkv7  # type: ignore[import-not-found]
+
+    def chunked(
+        r_BTHK: Tensor, log_w_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, a_BTHK: Tensor, b_BTHK: Tensor
+    ) -> Tensor:
+        return chunk_rwkv7(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, scale=1.0)[0]
 
     return chunked
 
@@ -381,5 +405,13 @@ CASES = (
         bytes=lambda n: (4.0 * HALF + 4) * HEADS * HEAD * n,
         backward=(34 / 12, 0),
         peers={"fla": fla_wkv6},
+    ),
+    Case(
+        "wkv7",
+        kernels.wkv7,
+        wkv7_inputs,
+        bytes=lambda n: (6.0 * HALF + 4) * HEADS * HEAD * n,
+        backward=(46 / 16, 0),
+        peers={"fla": fla_wkv7},
     ),
 )

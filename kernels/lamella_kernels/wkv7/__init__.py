@@ -5,13 +5,18 @@
 In RWKV-7 a = -kk and b = kk * (learning rate). B batch, T time, H head, K key channel, V value channel.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from lamella_kernels import forms
 from lamella_kernels.shapes import match_shapes
 from lamella_kernels.wkv7 import eager, reference
 
 __all__ = ["wkv7"]
+
+WIDEST = {2: 128, 4: 64, 8: 0}  # channels of a head that Triton's kernels take, by bytes a number; wider ones spill
 
 
 def wkv7(
@@ -38,6 +43,9 @@ def wkv7(
     computation's dtype. Gradients reach all floating arguments, also from the returned state. Other documents of a row
     have no influence on a document's outputs and gradients, not even by rounding.
 
+    On CUDA inputs that are all of 16 bits are multiplied in 16 bits, added up in fp32; heads wider than `WIDEST` run in
+    plain torch there.
+
     Errors: ValueError for shapes that disagree, a wrong dtype, tensors on two devices, or no tokens.
     """
     op = "wkv7"
@@ -63,8 +71,10 @@ def wkv7(
         raise ValueError(f"{op}: log_w_BTHK must be float32 or float64, got {log_w_BTHK.dtype}; convert with .float()")
     if reset_BT is not None and reset_BT.dtype != torch.bool:
         raise ValueError(f"{op}: reset_BT must be bool, got {reset_BT.dtype}")
-    form = reference if sizes["T"] == 1 else eager
-    y_BTHV, state_BHVK = form.wkv7(
-        r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, reset_BT, initial_state_BHVK
-    )
+    form: Any = reference if sizes["T"] == 1 else eager
+    tokens = r_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK
+    fits = max(sizes["K"], sizes["V"]) <= WIDEST[max(x.element_size() for x in tokens)]
+    if sizes["T"] > 1 and fits and forms.on_gpu(*tokens, log_w_BTHK, initial_state_BHVK):
+        from lamella_kernels.wkv7 import gpu as form
+    y_BTHV, state_BHVK = form.wkv7(r_BTHK, log_w_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, reset_BT, initial_state_BHVK)
     return (y_BTHV, state_BHVK) if return_state else y_BTHV

@@ -62,7 +62,7 @@ def test_a_rank_that_hangs(submit):
     stacks = {path.name for path in (run.folder / "stacks").iterdir()}
     assert "rank-1.txt" not in stacks and {"rank-0.txt", "rank-2.txt"} <= stacks
     assert "train_step" in (run.folder / "stacks/rank-0.txt").read_text()
-    assert attempts(run.folder)[1]["code"] == EXIT_HUNG
+    assert attempts(run.folder)[1]["code"] in (EXIT_HUNG, 128 + signal.SIGKILL)  # srun tells the largest
 
 
 def test_a_node_that_crashes(submit, cluster):

@@ -73,7 +73,7 @@ class Job:
     def command(self, attempt: int) -> list[str]:
         """What starts all of the run's processes."""
         train = ["-m", "lamella", "train", *self.words]
-        srun = ["srun", "--kill-on-bad-exit=0", f"--wait={WAIT}", "--unbuffered"]
+        srun = ["srun", "--kill-on-bad-exit=0", f"--wait={WAIT}"]
         if image := self.environ.get("LAMELLA_CONTAINER"):
             srun.append(f"--container-image={image}")  # enroot and pyxis
         if self.run.cluster.launcher == "srun":

@@ -42,13 +42,12 @@ def _rows(first, row, i, column, real_C, width: tl.constexpr):
 
 
 @triton.jit
-def _halves(right, right_row, left, left_row, reset, level, column, real_C, width: tl.constexpr, C: tl.constexpr):
-    """The rows of `right`, but at documents' starts, for the right tokens of a level; those of `left` for the left."""
+def _halves(right, right_row, right_C, left, left_row, left_C, level, column, width: tl.constexpr, C: tl.constexpr):
+    """The rows of `right` for the right tokens of a level, those of `left` for the left ones."""
     i = tl.arange(0, C)
     is_right = ((i >> level) & 1) != 0
-    if reset is not None:
-        real_C &= (tl.load(reset + i, real_C, 0) == 0) | (is_right == 0)
     first = tl.where(is_right, right, left) + i * tl.where(is_right, right_row, left_row)
+    real_C = tl.where(is_right, right_C, left_C)
     return tl.load(first[:, None] + column[None, :], real_C[:, None] & (column < width)[None, :], 0.0)
 
 
@@ -62,11 +61,11 @@ def _log2(first, row, reset, i, column, real_C, width: tl.constexpr):
 
 
 @triton.jit
-def _seeing(r_CK, reset, i, real_C):
-    """The queries of what was before their token: none at a document's start."""
+def _seen(reset, i, real_C):
+    """The tokens whose queries see what was before them: not a document's first."""
     if reset is not None:
-        r_CK = tl.where((tl.load(reset + i, real_C, 0) != 0)[:, None], 0.0, r_CK)
-    return r_CK
+        real_C &= tl.load(reset + i, real_C, 1) == 0
+    return real_C
 
 
 @triton.jit
@@ -132,11 +131,11 @@ def states(
         starts = None
         if reset is not None:
             starts = reset + at
-        k_CK = _rows(k + at * k_row + head * K, k_row, i, channel, real_C, K)
         v_CV = _rows(v + at * v_row + head * V, v_row, i, value, real_C, V)
         log_CK = _log2(log_w + at * w_row + head * K, w_row, starts, i, channel, real_C, K)
         if BACK:
-            k_CK = _seeing(k_CK, starts, i, real_C)
+            real_C = _seen(starts, i, real_C)
+        k_CK = _rows(k + at * k_row + head * K, k_row, i, channel, real_C, K)
         far_CK = (k_CK.to(tl.float32) * tl.exp2(_sums(far_CC, log_CK, PARTS))).to(k_CK.dtype)
         state_KV *= tl.exp2(tl.sum(log_CK, 0))[:, None]
         state_KV += tl.dot(tl.trans(far_CK), v_CV, input_precision="ieee")
@@ -159,6 +158,7 @@ def outputs(
     starts = None
     if reset is not None:
         starts = reset + at
+    seen_C = _seen(starts, i, real_C)
     scores_CC, now_C, y_CV = tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32), tl.zeros([C, BV], tl.float32)
     r_first, k_first = r + at * r_row + head * K, k + at * k_row + head * K
     far_CC = tl.load(ways + _cells(LEVELS + BACK, C))
@@ -169,20 +169,19 @@ def outputs(
         log_CK = _log2(log_w + at * w_row + head * K, w_row, starts, i, channel, real_C, K)
         u_K = tl.load(u + head * K + channel, channel < K, 0.0)
         now_C += tl.sum(r_CK.to(tl.float32) * k_CK.to(tl.float32) * u_K[None, :], 1)
-        r_CK = _seeing(r_CK, starts, i, real_C)
         far_CK = tl.exp2(_sums(far_CC, log_CK, PARTS))
         if BACK:
             far_CK *= k_CK.to(tl.float32)
         else:
-            far_CK *= r_CK.to(tl.float32)
+            far_CK *= tl.where(seen_C[:, None], r_CK.to(tl.float32), 0.0)
         cell, real = channel[:, None] * V + value[None, :], (channel < K)[:, None] & (value < V)[None, :]
         state_KV = tl.load(state + place + cell, real, 0.0)
         y_CV += tl.dot(far_CK.to(r_CK.dtype), state_KV, input_precision="ieee")
-        w_CK = _halves(r_first, r_row, k_first, k_row, starts, 0, channel, real_C, K, C)
+        w_CK = _halves(r_first, r_row, seen_C, k_first, k_row, real_C, 0, channel, K, C)
         scores_CC += tl.where(_across(i, 0), tl.dot(w_CK, tl.trans(w_CK), input_precision="ieee"), 0.0)
         for level in range(1, LEVELS):
             way_CK = tl.exp2(_sums(tl.load(ways + _cells(level, C)), log_CK, PARTS))
-            w_CK = _halves(r_first, r_row, k_first, k_row, starts, level, channel, real_C, K, C)
+            w_CK = _halves(r_first, r_row, seen_C, k_first, k_row, real_C, level, channel, K, C)
             w_CK = (w_CK.to(tl.float32) * way_CK).to(w_CK.dtype)
             scores_CC += tl.where(_across(i, level), tl.dot(w_CK, tl.trans(w_CK), input_precision="ieee"), 0.0)
     earlier = i[None, :] < i[:, None]
@@ -211,18 +210,21 @@ def key_gradients(
     starts = None
     if reset is not None:
         starts = reset + at
+    seen_C = _seen(starts, i, real_C)
+    r_first, k_first = r + at * r_row + head * K, k + at * k_row + head * K
+    dy_first, v_first = dy + at * dy_row + head * V, v + at * v_row + head * V
     now_C, passed_K = tl.zeros([C], tl.float32), tl.zeros([BK], tl.float32)
     for begin in range(0, V, BV):
         value = begin + tl.arange(0, BV)
-        dy_CV = _rows(dy + at * dy_row + head * V, dy_row, i, value, real_C, V)
-        v_CV = _rows(v + at * v_row + head * V, v_row, i, value, real_C, V)
+        dy_CV = _rows(dy_first, dy_row, i, value, real_C, V)
+        v_CV = _rows(v_first, v_row, i, value, real_C, V)
         now_C += tl.sum(dy_CV.to(tl.float32) * v_CV.to(tl.float32), 1)
         cell, real = channel[:, None] * V + value[None, :], (channel < K)[:, None] & (value < V)[None, :]
         S_KV = tl.load(before + place * (K * V) + cell, real, 0.0)
         R_KV = tl.load(after + place * (K * V) + cell, real, 0.0)
         passed_K += tl.sum(S_KV.to(tl.float32) * R_KV.to(tl.float32), 1)
-    r_CK = _rows(r + at * r_row + head * K, r_row, i, channel, real_C, K)
-    k_CK = _rows(k + at * k_row + head * K, k_row, i, channel, real_C, K)
+    r_CK = _rows(r_first, r_row, i, channel, real_C, K)
+    k_CK = _rows(k_first, k_row, i, channel, real_C, K)
     u_K = tl.load(u + head * K + channel, channel < K, 0.0)
     dk_CK = now_C[:, None] * r_CK.to(tl.float32)
     tl.store(du + place * K + channel, tl.sum(dk_CK * k_CK.to(tl.float32), 0), channel < K)
@@ -231,44 +233,39 @@ def key_gradients(
     log_CK = _log2(log_w + at * w_row + head * K, w_row, starts, i, channel, real_C, K)
     dlog_CK = tl.zeros([C, BK], tl.float32) + (passed_K * tl.exp2(tl.sum(log_CK, 0)))[None, :]
 
-    for side in range(0, 2):
+    for side in range(0, 2):  # queries of what was before the chunk, keys of what comes behind it
         way_CC = tl.load(ways + _cells(LEVELS + side, C))
         way_CK = tl.exp2(_sums(way_CC, log_CK, PARTS))
-        x = tl.where(side == 0, dy + at * dy_row, v + at * v_row) + head * V
-        w = tl.where(side == 0, r + at * r_row, k + at * k_row) + head * K
-        state = tl.where(side == 0, before, after) + place * (K * V)
+        x, x_row = tl.where(side == 0, dy_first, v_first), tl.where(side == 0, dy_row, v_row)
+        w, w_step = tl.where(side == 0, r_first, k_first), tl.where(side == 0, r_row, k_row)
+        state, side_C = tl.where(side == 0, before, after) + place * (K * V), tl.where(side == 0, seen_C, real_C)
         dw_CK = tl.zeros([C, BK], tl.float32)
         for begin in range(0, V, BV):
             value = begin + tl.arange(0, BV)
-            x_CV = _rows(x, tl.where(side == 0, dy_row, v_row), i, value, real_C, V)
             cell, real = channel[:, None] * V + value[None, :], (channel < K)[:, None] & (value < V)[None, :]
-            dw_CK += tl.dot(x_CV, tl.trans(tl.load(state + cell, real, 0.0)), input_precision="ieee")
-        w_CK = _rows(w, tl.where(side == 0, r_row, k_row), i, channel, real_C, K).to(tl.float32)
+            state_KV = tl.load(state + cell, real, 0.0)
+            dw_CK += tl.dot(_rows(x, x_row, i, value, side_C, V), tl.trans(state_KV), input_precision="ieee")
         dw_CK *= way_CK
-        dw_CK = tl.where(side == 0, _seeing(dw_CK, starts, i, real_C), dw_CK)
+        w_CK = _rows(w, w_step, i, channel, side_C, K)
+        dlog_CK += _sums(tl.trans(way_CC), dw_CK * w_CK.to(tl.float32), GRADIENT_PARTS)
         dr_CK += tl.where(side == 0, dw_CK, 0.0)
         dk_CK += tl.where(side == 0, 0.0, dw_CK)
-        dlog_CK += _sums(tl.trans(way_CC), dw_CK * w_CK, GRADIENT_PARTS)
     for level in range(0, LEVELS):
         way_CC = tl.load(ways + _cells(level, C))
         way_CK = tl.exp2(_sums(way_CC, log_CK, PARTS))
-        w_CK = _halves(
-            r + at * r_row + head * K, r_row, k + at * k_row + head * K, k_row, starts, level, channel, real_C, K, C
-        )
+        w_CK = _halves(r_first, r_row, seen_C, k_first, k_row, real_C, level, channel, K, C)
         decayed_CK = (w_CK.to(tl.float32) * way_CK).to(w_CK.dtype)
         pairs_CC = tl.zeros([C, C], tl.float32)
         for begin in range(0, V, BV):
-            x_CV = _halves(
-                dy + at * dy_row + head * V, dy_row, v + at * v_row + head * V, v_row, None, level,
-                begin + tl.arange(0, BV), real_C, V, C,
-            )  # fmt: skip
+            value = begin + tl.arange(0, BV)
+            x_CV = _halves(dy_first, dy_row, seen_C, v_first, v_row, real_C, level, value, V, C)
             pairs_CC += tl.dot(x_CV, tl.trans(x_CV), input_precision="ieee")
         pairs_CC = tl.where(_across(i, level), pairs_CC, 0.0)
         dw_CK = tl.dot(pairs_CC.to(w_CK.dtype), decayed_CK, input_precision="ieee") * way_CK
         dlog_CK += _sums(tl.trans(way_CC), dw_CK * w_CK.to(tl.float32), GRADIENT_PARTS)
         right = ((i >> level) & 1) != 0
+        dr_CK += tl.where(right[:, None], dw_CK, 0.0)
         dk_CK += tl.where(right[:, None], 0.0, dw_CK)
-        dr_CK += _seeing(tl.where(right[:, None], dw_CK, 0.0), starts, i, real_C)
     real = real_C[:, None] & (channel < K)[None, :]
     there = at * (H * K) + head * K + (i[:, None] * (H * K) + channel[None, :])
     tl.store(dlog_w + there, dlog_CK, real)

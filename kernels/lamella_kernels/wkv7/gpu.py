@@ -25,9 +25,9 @@ class Call:
         self.H, self.K, self.V = map(int, (*r.shape[2:], v.shape[3]))
         self.device, self.dtype = r.device, r.dtype
         self.sizes = {"BYTES": r.element_size(), "K": self.K, "V": self.V}
-        C = tiles("wkv7", **self.sizes)["C"]
+        C = self.tile("wkv7_transitions")["C"]
         self.chunks = cdiv(self.time, C)
-        self.widths = {"H": self.H, "K": self.K, "C": C, "BK": self.least("K"), "PRECISION": "ieee"}
+        self.widths = {"H": self.H, "K": self.K, "C": C, "BK": self.least("K")}
         self.reset = None if reset is None else reset.contiguous().view(torch.uint8)
         self.r, self.log_w, self.k, self.v, self.a, self.b = (t.contiguous() for t in (r, log_w, k, v, a, b))
         self.Q, self.F, self.P, self.E = (self.new(C, self.K) if back or n < 2 else None for n in range(4))
@@ -37,7 +37,6 @@ class Call:
             kernels.transitions, "wkv7_transitions",
             self.r, self.log_w, self.k, self.a, self.b, self.reset,
             self.Q, self.Y, self.M, self.F, self.whole, self.P, self.Z, self.E, self.W, self.time,
-            INVERSE="ieee" if r.dtype == torch.float32 else "tf32",
         )  # fmt: skip
 
     def new(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:

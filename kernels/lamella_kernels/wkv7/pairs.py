@@ -9,15 +9,22 @@ products with matrices of 0 and 1, in half precision of two parts of log2 w: sum
 
 A start of a document between s and t makes their product exactly 0, and nothing of the one enters the other's sums.
 
-C tokens t, s of a chunk, K channels; `apart` t xor s; `same` whether one document holds both.
+C tokens t, s of a chunk, K channels; `same`: whether one document holds both.
 """
 
 # pyright: reportMissingImports=false, reportUnboundVariable=false, reportOperatorIssue=false
+# pyright: reportAssignmentType=false
 
 import triton
 import triton.language as tl
 
 EMPTY = tl.constexpr(-256.0)  # 2^-256 is 0 in fp32
+
+
+@triton.jit
+def dot(x, y, total=None):
+    """total + x y, of fp32 blocks in fp32."""
+    return tl.dot(x, y, total, input_precision="ieee")
 
 
 @triton.jit
@@ -31,12 +38,12 @@ def decays(log_w, dtype: tl.constexpr):
 
 
 @triton.jit
-def sums(chosen, high_CK, low_CK, PRECISION: tl.constexpr):
+def sums(chosen, high_CK, low_CK):
     """[C, K] over the tokens j that are chosen[t, j]."""
     chosen_CC = chosen.to(high_CK.dtype)
-    sum_CK = tl.dot(chosen_CC, high_CK, input_precision=PRECISION)
+    sum_CK = dot(chosen_CC, high_CK)
     if low_CK is not None:
-        sum_CK = tl.dot(chosen_CC, low_CK, sum_CK)
+        sum_CK = dot(chosen_CC, low_CK, sum_CK)
     return sum_CK
 
 
@@ -65,9 +72,9 @@ def summed(t, level):
 
 
 @triton.jit
-def factor(t, high_CK, low_CK, level, PRECISION: tl.constexpr):
+def factor(t, high_CK, low_CK, level):
     """Every token's decay to the middle of its block."""
-    return tl.exp2(sums(summed(t, level), high_CK, low_CK, PRECISION))
+    return tl.exp2(sums(summed(t, level), high_CK, low_CK))
 
 
 @triton.jit
@@ -77,7 +84,7 @@ def tile(query_CK, key_CK, t, level):
 
 
 @triton.jit
-def scores(r, rw, k, a, b, t, same, high_CK, low_CK, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+def scores(r, rw, k, a, b, t, same, high_CK, low_CK, LEVELS: tl.constexpr):
     """AB, AK (s < t), RB, RK (s <= t): [t, s], fp32; then the decay to the chunk's end."""
     AB, AK = tl.zeros(same.shape, tl.float32), tl.zeros(same.shape, tl.float32)
     RB, RK = tl.zeros(same.shape, tl.float32), tl.zeros(same.shape, tl.float32)
@@ -87,11 +94,11 @@ def scores(r, rw, k, a, b, t, same, high_CK, low_CK, LEVELS: tl.constexpr, PRECI
     for level in range(LEVELS):
         one, two = tile(a, b, t, level).to(tl.float32), tile(rw, k.to(tl.float32), t, level)
         one, two = (one * decay_CK).to(a.dtype), (two * decay_CK).to(a.dtype)
-        AB = on_level(tl.dot(one, tl.trans(one), input_precision=PRECISION), t, level, AB)
-        AK = on_level(tl.dot(one, tl.trans(two), input_precision=PRECISION), t, level, AK)
-        RB = on_level(tl.dot(two, tl.trans(one), input_precision=PRECISION), t, level, RB)
-        RK = on_level(tl.dot(two, tl.trans(two), input_precision=PRECISION), t, level, RK)
-        decay_CK = factor(t, high_CK, low_CK, level + 1, PRECISION)
+        AB = on_level(dot(one, tl.trans(one)), t, level, AB)
+        AK = on_level(dot(one, tl.trans(two)), t, level, AK)
+        RB = on_level(dot(two, tl.trans(one)), t, level, RB)
+        RK = on_level(dot(two, tl.trans(two)), t, level, RK)
+        decay_CK = factor(t, high_CK, low_CK, level + 1)
     earlier = (t[None, :] < t[:, None]) & same
     AB, AK = tl.where(earlier, AB, 0.0), tl.where(earlier, AK, 0.0)
     RB, RK = tl.where(earlier, RB, 0.0), tl.where(earlier, RK, 0.0)
@@ -101,10 +108,16 @@ def scores(r, rw, k, a, b, t, same, high_CK, low_CK, LEVELS: tl.constexpr, PRECI
 
 
 @triton.jit
-def inverse(AB, t, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+def precise(x, y, total, dtype: tl.constexpr):
+    """total + x y of fp32 blocks beside inputs of this dtype."""
+    precision: tl.constexpr = "ieee" if dtype == tl.float32 else "tf32"
+    return tl.dot(x, y, total, input_precision=precision)
+
+
+@triton.jit
+def inverse(AB, t, dtype: tl.constexpr, LEVELS: tl.constexpr):
     """(I - AB)^-1 by blocks of twice the size each: [[X, 0], [Y N X, Y]] from X and Y."""
     T = tl.where(t[:, None] == t[None, :], 1.0, on_level(AB, t, 0))
     for level in tl.static_range(1, LEVELS):
-        NT = tl.dot(on_level(AB, t, level), T, input_precision=PRECISION)
-        T = tl.dot(T, NT, T, input_precision=PRECISION)
+        T = precise(T, precise(on_level(AB, t, level), T, None, dtype), T, dtype)
     return T

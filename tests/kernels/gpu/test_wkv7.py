@@ -171,6 +171,20 @@ def test_a_replaced_value_is_gone():
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_keys_that_are_alike(dtype, fenced):
+    """Each value takes most of the last one's place: what the chunk's inverse is multiplied by cancels."""
+    inputs = make(130, dtype, keys=64, values=40, **ONE)
+    with torch.no_grad():
+        one = source(5)(1, 1, 1, 64).to(DEVICE)
+        kk = torch.nn.functional.normalize(one + 4 * inputs["a"].double(), dim=-1)
+        inputs["log_w"].mul_(0.01)
+        for name, value in (("k", kk), ("a", -kk), ("b", 0.95 * kk)):
+            inputs[name].copy_(value)
+    assert_right(inputs)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("pieces", [(40, 24, 36), (1, 1, 98), (31, 32, 37)])
 def test_pieces_with_the_state_handed_over(pieces):
     def in_pieces(inputs):

@@ -108,10 +108,13 @@ class Retention(Mixer):
             q, k = _turn(q, cos, sin), _turn(k, cos, sin)
         else:
             q, k = (rotary(t, rows.position_BT, theta=1e4) for t in (q, k))
+        stream = v.dtype
+        q, k = q.to(stream), k.to(stream)
         log_H = log_decays(self.shard.rank, q.shape[2], q.device)
         past = Past(state["kv"], state.get("keys"), state.get("weight")) if state else None
         if past is not None and q.shape[1] == 1:
-            y, after = _step(q[:, 0], k[:, 0], wide(v[:, 0]), log_H, rows.reset_BT, past, self.published)
+            q, k, v = wide(q), wide(k), wide(v)
+            y, after = _step(q[:, 0], k[:, 0], v[:, 0], log_H, rows.reset_BT, past, self.published)
         else:
             found = linear_attention(
                 q,
@@ -127,9 +130,8 @@ class Retention(Mixer):
         if state is not None:
             state.update((n, t) for n, t in zip(("kv", "keys", "weight"), after, strict=True) if t is not None)
         weight = None if self.norm is None else self.norm.shared_weight().repeat(y.shape[2])
-        gate = None if g is None else wide(g)
-        y = rmsnorm(y.flatten(2), weight, eps=self.eps, width=self.values, gate=gate, gate_first=False)
-        return y.to(v.dtype)  # type: ignore[union-attr]
+        y = y.to(stream).flatten(2)
+        return rmsnorm(y, weight, eps=self.eps, width=self.values, gate=g, gate_first=False)  # type: ignore[return-value]
 
 
 def log_decays(rank: int, heads: int, device: torch.device) -> Tensor:

@@ -127,7 +127,7 @@ class Rwkv6(Mixer):
         self, r: Tensor, k: Tensor, v: Tensor, g_BTI: Tensor, d_BTI: Tensor, rows: Rows, state: State | None
     ) -> Tensor:
         log_w = -wide(d_BTI).clamp(max=LARGEST).exp()
-        r, k, v, log_w = (t.unflatten(-1, (-1, self.head_size)) for t in (wide(r), k, v, log_w))
+        r, k, v, log_w = (t.unflatten(-1, (-1, self.head_size)) for t in (r, k, v, log_w))
         past_BHKV = None if state is None else state.get("wkv")
         y_BTHK, state_BHKV = wkv6(
             r,
@@ -141,7 +141,7 @@ class Rwkv6(Mixer):
         )
         if state is not None:
             state["wkv"] = state_BHKV
-        return swiglu(wide(g_BTI), self.group_norm(y_BTHK)).to(g_BTI.dtype)
+        return swiglu(wide(g_BTI), self.group_norm(wide(y_BTHK))).to(g_BTI.dtype)
 
 
 def _mixed(x_BTD: Tensor, delta_BTD: Tensor, mu_BTD: Tensor) -> Tensor:

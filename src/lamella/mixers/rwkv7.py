@@ -160,12 +160,20 @@ class Rwkv7(Mixer):
         kk = F.normalize(kk, dim=-1)
         past_BHVK = None if state is None else state.get("wkv")
         y_BTHV, state_BHVK = wkv7(
-            r, log_w, k, v, -kk, kk * a, reset_BT=rows.reset_BT, initial_state_BHVK=past_BHVK, return_state=True
+            r.to(v.dtype),
+            log_w,
+            k.to(v.dtype),
+            v,
+            -kk.to(v.dtype),
+            (kk * a).to(v.dtype),
+            reset_BT=rows.reset_BT,
+            initial_state_BHVK=past_BHVK,
+            return_state=True,
         )
         if state is not None:
             state["wkv"] = state_BHVK
         bonus_BTHV = (r * k * self.r_k).sum(-1, keepdim=True) * v
-        return ((self.group_norm(y_BTHV) + bonus_BTHV.flatten(2)) * g_BTI).to(v_BTI.dtype)
+        return ((self.group_norm(wide(y_BTHV)) + bonus_BTHV.flatten(2)) * g_BTI).to(v_BTI.dtype)
 
 
 def _mixed(x_BTD: Tensor, delta_BTD: Tensor, mu_D: Tensor) -> Tensor:

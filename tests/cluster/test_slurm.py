@@ -18,7 +18,8 @@ def events(submitted):
     return [line["event"] for line in attempts(submitted.folder)]
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@FULL
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_two_nodes_of_two(submit, launcher):
     run = submit(f"cluster.launcher={launcher}")
     run.finish()
@@ -52,6 +53,7 @@ def test_a_killed_rank(submit, launcher, rank):
     assert events(run) == ["began", "ended"] * 2
 
 
+@FULL
 def test_a_rank_that_hangs(submit):
     """It is stopped, the others wait for it: they write down where, and the job starts them all again."""
     run = submit("train.hang={times: 2, at_least: 15}")
@@ -65,6 +67,7 @@ def test_a_rank_that_hangs(submit):
     assert attempts(run.folder)[1]["code"] in (EXIT_HUNG, 128 + signal.SIGKILL)  # srun tells the largest
 
 
+@FULL
 def test_a_node_that_crashes(submit, cluster):
     run = submit()
     run.reach(25)
@@ -79,6 +82,7 @@ def test_a_node_that_crashes(submit, cluster):
     assert node not in attempts(run.folder)[-1]["nodes"]
 
 
+@FULL
 def test_stop_saves_and_ends_and_submit_continues(submit, capsys):
     run = submit()
     run.reach(20)

@@ -116,6 +116,7 @@ def assert_compiles(run: Callable[[dict[str, Tensor]], Any], inputs: dict[str, T
     def flat(*values: Tensor) -> Any:
         return run(dict(zip(names, values, strict=True)))
 
+    torch._dynamo.reset()  # it counts compilations of `flat`, of all operators that a process tests
     compiled = torch.compile(flat, backend="aot_eager", fullgraph=True)
     plain = results_and_gradients(run, inputs)
     traced = results_and_gradients(lambda given: compiled(*given.values()), inputs)

@@ -17,4 +17,4 @@ lamella train "$@" --dry-run --nproc $((nnodes * nproc))
 export CUDA_DEVICE_MAX_CONNECTIONS=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 where=(--standalone)
 [ "$nnodes" -eq 1 ] || where=(--rdzv-backend=c10d --rdzv-endpoint="$MASTER" --rdzv-id="${RDZV_ID:-lamella}")
-exec torchrun --max-restarts=3 --nnodes="$nnodes" --nproc-per-node="$nproc" "${where[@]}" -m lamella train "$@"
+exec torchrun --nnodes="$nnodes" --nproc-per-node="$nproc" "${where[@]}" -m lamella train "$@"

@@ -19,7 +19,7 @@ def request(folder: Path, why: Why) -> None:
 
 def requested(folder: Path) -> Why | None:
     try:
-        return "stop" if (folder / FILE).read_text() == "stop" else "requeue"
+        return "stop" if (folder / FILE).read_text().strip() == "stop" else "requeue"
     except OSError:
         return None
 
